@@ -1,0 +1,127 @@
+"""Train the demo's networks on Fashion-MNIST, from the original files to safetensors.
+
+    python examples/fashion_mnist/train.py vit --out DIR
+
+The first 55,000 training images are trained on; the other 5,000 are never seen here, they become
+the demo's calibration and search data (``pack.py``). The test images are used once, at the end,
+to print the accuracy. On two CPU cores the ViT takes about half an hour, the ResNet less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from profiling_agent.acquisition.demo_models import DemoResNet, DemoViT
+
+SOURCE = Path("/usr/share/datasets/fashion-mnist")
+MEAN, STD = 0.2860, 0.3530
+NUM_TRAIN = 55_000
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Array of unsigned bytes from a gzipped IDX file (the format of the MNIST family)."""
+    raw = gzip.decompress(path.read_bytes())
+    ndim = raw[3]
+    shape = np.frombuffer(raw, ">u4", ndim, 4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape.astype(int))
+
+
+def load(source: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(source / f"{part}-images-idx3-ubyte.gz")
+    labels = read_idx(source / f"{part}-labels-idx1-ubyte.gz")
+    return images, labels.astype(np.int64)
+
+
+def normalise(images: Tensor) -> Tensor:
+    return (images.float() / 255 - MEAN) / STD
+
+
+def augment(x: Tensor) -> Tensor:
+    """Random flip and shift by at most one pixel, per image."""
+    batch = x.shape[0]
+    flip = torch.rand(batch) < 0.5
+    x = torch.where(flip[:, None, None, None], x.flip(3), x)
+    low = (0 - MEAN) / STD
+    padded = F.pad(x, (1, 1, 1, 1), value=low)
+    rows = torch.arange(28)[None, :] + torch.randint(0, 3, (batch, 1))
+    cols = torch.arange(28)[None, :] + torch.randint(0, 3, (batch, 1))
+    x = padded[torch.arange(batch)[:, None, None], 0, rows[:, :, None], cols[:, None, :]]
+    return x[:, None]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    hits = sum(
+        int((model(normalise(x)[:, None]).argmax(1) == y).sum())
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
+    return hits / len(labels)
+
+
+def train(name: str, source: Path, epochs: int, batch_size: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    images, labels = load(source, "train")
+    x_train, y_train = torch.tensor(images[:NUM_TRAIN]), torch.tensor(labels[:NUM_TRAIN])
+    model: nn.Module
+    if name == "vit":
+        model, lr, decay = DemoViT(), 1e-3, 0.05
+    else:
+        model, lr, decay = DemoResNet(), 3e-3, 0.02
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+    steps = NUM_TRAIN // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps * epochs, pct_start=0.15
+    )
+    for epoch in range(epochs):
+        model.train()
+        start, seen_loss = time.monotonic(), 0.0
+        order = torch.randperm(NUM_TRAIN)
+        for step in range(steps):
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            x = augment(normalise(x_train[rows])[:, None])
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y_train[rows], label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            seen_loss += loss.item()
+        seconds = time.monotonic() - start
+        print(
+            f"{name} epoch {epoch + 1}/{epochs} loss {seen_loss / steps:.4f} {seconds:.0f} s",
+            flush=True,
+        )
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=["vit", "resnet"])
+    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the four .gz files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for MODEL.safetensors")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model = train(args.model, args.source, args.epochs, args.batch_size, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), args.out / f"{args.model}.safetensors")
+    images, labels = load(args.source, "t10k")
+    score = accuracy(model, torch.tensor(images), torch.tensor(labels))
+    print(f"{args.model} test accuracy {100 * score:.2f} % on {len(labels):,} images")
+
+
+if __name__ == "__main__":
+    main()

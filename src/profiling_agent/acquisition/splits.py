@@ -1,0 +1,329 @@
+"""Which sample serves what, and the splits on disk.
+
+Calibration needs no labels, search is what the loop looks at, test is opened once at the end: no
+sample is ever in two of them. Splits are raw ``.npy`` files, written as a stream and read as
+memory maps, so neither the data's size nor a worker's start costs memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from profiling_agent.acquisition.data import Sample, Source
+from profiling_agent.acquisition.workload import Split
+from profiling_agent.errors import DataError
+from profiling_agent.records.workload import SplitInfo, SplitName
+
+MAX_CALIBRATION = 512
+LABELS_FILE = "labels.npy"
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The samples of one source that make up one split, in their order on disk."""
+
+    split: SplitName
+    source: Source
+    indices: np.ndarray
+
+
+def divide(
+    parts: Mapping[str, Source], seed: int, max_samples: int
+) -> tuple[list[Share], list[str]]:
+    """Shares for the three splits, drawn at random by ``seed``, and notes on what was decided.
+
+    One labelled source is divided into calibration (a tenth, at most 512), and 4 : 5 of the rest
+    for search and test; not stratified. With a test set given, calibration is 15 % (at most 512)
+    and search the rest. Parts that were given stay as they are. Above ``max_samples`` in the whole,
+    every split is thinned alike. Raises ``DataError`` when samples or labels don't suffice.
+    """
+    rng = np.random.default_rng(seed)
+    parts = {name: source for name, source in parts.items() if source.length != 0}
+    if not parts:
+        raise DataError("The data are empty; give samples with labels.")
+    notes: list[str] = []
+    shares = _assign(parts, rng, notes)
+    total = sum(len(share.indices) for share in shares)
+    if total > max_samples:
+        notes.append(f"{total} samples were thinned at random to {max_samples} (max_samples)")
+        shares = [_thin(share, max_samples / total, rng) for share in shares]
+    return shares, notes
+
+
+def _assign(parts: dict[str, Source], rng: np.random.Generator, notes: list[str]) -> list[Share]:
+    given = dict(parts)
+    train = given.pop("train", None)
+    if train is not None and "calibration" not in given:
+        if {"search", "all"} & given.keys():
+            notes.append("calibration samples come from the training part of the data")
+            order = rng.permutation(_length(train))[:MAX_CALIBRATION]
+            calibration = [Share(split="calibration", source=train, indices=order)]
+            return calibration + _assign_rest(given, rng, notes)
+        notes.append("calibration and search samples come from the training part of the data")
+        given["all"] = train
+    if "calibration" in given:
+        source = given.pop("calibration")
+        if not given and not _labelled(source):
+            notes.append("the data have no labels: calibration only")
+            return [_whole("calibration", source)]
+        if given.keys() & {"search", "all"}:
+            return [_whole("calibration", source), *_assign_rest(given, rng, notes)]
+        given["all"] = source
+    return _assign_all(given, rng)
+
+
+def _assign_rest(
+    given: dict[str, Source], rng: np.random.Generator, notes: list[str]
+) -> list[Share]:
+    """Search and test from what is left once calibration has its samples."""
+    if "all" in given and "search" not in given:
+        given["search"] = given.pop("all")
+    if "test" in given:
+        return [_whole("search", given["search"]), _whole("test", given["test"])]
+    notes.append("search and test samples come from the same part of the data")
+    order = rng.permutation(_length(given["search"]))
+    return _cut(given["search"], order, {"search": len(order) * 4 // 9, "test": len(order)})
+
+
+def _assign_all(given: dict[str, Source], rng: np.random.Generator) -> list[Share]:
+    """Calibration and search (and test, when there is none) from one source."""
+    test = given.pop("test", None)
+    if not given:
+        assert test is not None
+        given, test = {"all": test}, None
+    source = given.get("all") or given["search"]
+    total = _length(source)
+    if total < 3:
+        raise DataError(f"The data have {total} samples; calibration, search and test need more.")
+    order = rng.permutation(total)
+    if test is not None:
+        calibration = max(1, min(MAX_CALIBRATION, total * 15 // 100))
+        cut = _cut(source, order, {"calibration": calibration, "search": total})
+        return [*cut, _whole("test", test)]
+    calibration = max(1, min(MAX_CALIBRATION, total // 10))
+    search = calibration + max(1, (total - calibration) * 4 // 9)
+    return _cut(source, order, {"calibration": calibration, "search": search, "test": total})
+
+
+def _cut(source: Source, order: np.ndarray, ends: dict[str, int]) -> list[Share]:
+    shares, start = [], 0
+    for name, end in ends.items():
+        split = cast(SplitName, name)
+        shares.append(Share(split=split, source=source, indices=order[start:end]))
+        start = end
+    return shares
+
+
+def _whole(split: SplitName, source: Source) -> Share:
+    return Share(split=split, source=source, indices=np.arange(_length(source)))
+
+
+def _thin(share: Share, ratio: float, rng: np.random.Generator) -> Share:
+    kept = max(1, int(len(share.indices) * ratio))
+    rows = np.sort(rng.permutation(len(share.indices))[:kept])
+    return Share(split=share.split, source=share.source, indices=share.indices[rows])
+
+
+def _length(source: Source) -> int:
+    assert source.length is not None, "streams are staged before they are divided"
+    return source.length
+
+
+def _labelled(source: Source) -> bool:
+    return source.get(0).label is not None
+
+
+def stage(source: Source, folder: Path, max_samples: int, seed: int) -> Source:
+    """A stream as a source that can be read by index: at most ``max_samples``, drawn evenly.
+
+    Reads the stream once to its end (reservoir sampling, Vitter 1985). Raises ``DataError`` for
+    an empty stream or samples of different shapes.
+    """
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, np.ndarray] = {}
+    labels: list[int | None] = []
+    num_seen = 0
+    for sample in source.stream():
+        if not arrays:
+            arrays = _create(folder, sample, max_samples)
+        num_seen += 1
+        if len(labels) < max_samples:
+            row = len(labels)
+            labels.append(sample.label)
+        else:
+            row = int(rng.integers(num_seen))
+            if row >= max_samples:
+                continue
+            labels[row] = sample.label
+        _store(arrays, row, sample, num_seen - 1)
+    if num_seen > len(labels):
+        source.notes.append(f"{num_seen} samples were thinned at random to {len(labels)}")
+
+    def get(index: int) -> Sample:
+        inputs = {name: np.array(array[index]) for name, array in arrays.items()}
+        return Sample(inputs=inputs, label=labels[index])
+
+    length = len(labels)
+    return Source(
+        length=length, get=get, stream=lambda: (get(i) for i in range(length)), notes=source.notes
+    )
+
+
+def write_split(share: Share, folder: Path, names: Mapping[str, str]) -> SplitInfo:
+    """Stream one split to ``folder/<input>.npy`` and ``folder/labels.npy``.
+
+    ``names`` maps the data's names of inputs to the model's. Raises ``DataError`` for samples of
+    different shapes, NaN inputs, or labels that some samples have and some don't.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    labels: list[int] = []
+    for row, index in enumerate(share.indices):
+        sample = share.source.get(int(index))
+        sample = Sample(inputs=_rename(sample.inputs, names, int(index)), label=sample.label)
+        if not arrays:
+            arrays = _create(folder, sample, len(share.indices))
+            _reserve(folder, arrays)
+        _store(arrays, row, sample, int(index))
+        if sample.label is not None:
+            labels.append(sample.label)
+        if len(labels) not in (0, row + 1):
+            raise DataError(f"Sample {index} of {share.split!r}: some have labels and some don't.")
+    for array in arrays.values():
+        cast(np.memmap, array).flush()
+    (folder / LABELS_FILE).unlink(missing_ok=True)
+    if labels:
+        np.save(folder / LABELS_FILE, np.asarray(labels, dtype=np.int64))
+    return SplitInfo(
+        name=share.split,
+        num_samples=len(share.indices),
+        labelled=bool(labels),
+        sha256=hash_split(folder, list(arrays)),
+    )
+
+
+def open_split(info: SplitInfo, folder: Path, names: Sequence[str]) -> Split:
+    """The split as memory maps; ``DataError`` when files are gone or sizes differ."""
+    try:
+        inputs = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        labels = np.load(folder / LABELS_FILE) if info.labelled else None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"The split {info.name!r} in {str(folder)!r} can't be read ({error}); acquire it again."
+        ) from None
+    arrays = [*inputs.values(), *([] if labels is None else [labels])]
+    if any(len(array) != info.num_samples for array in arrays):
+        raise DataError(
+            f"The split {info.name!r} in {str(folder)!r} has not the {info.num_samples} samples "
+            "of its record; acquire it again."
+        )
+    return Split(info=info, inputs=inputs, labels=labels)
+
+
+def hash_split(folder: Path, names: Sequence[str]) -> str:
+    """SHA-256 over the bytes of the inputs in order, then of the labels."""
+    digest = hashlib.sha256()
+    for name in names:
+        array = np.load(folder / f"{name}.npy", mmap_mode="r")
+        rows = max(1, _CHUNK_BYTES // max(1, array.nbytes // max(1, len(array))))
+        for start in range(0, len(array), rows):
+            digest.update(np.ascontiguousarray(array[start : start + rows]).tobytes())
+    if (folder / LABELS_FILE).exists():
+        digest.update(np.load(folder / LABELS_FILE).tobytes())
+    return digest.hexdigest()
+
+
+def count_duplicates(first: Split, second: Split) -> int:
+    """Samples of ``second`` whose inputs are, byte for byte, also in ``first``."""
+    known = set(_fingerprints(first))
+    return sum(print_ in known for print_ in _fingerprints(second))
+
+
+def check_labels(split: Split, num_classes: int) -> None:
+    """``DataError`` for labels the model can't give, or (but in calibration) of a single class."""
+    if split.labels is None:
+        raise DataError(
+            f"The {split.info.name} samples have no labels; only calibration can do without."
+        )
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"The {split.info.name} labels range from {low} to {high}, but the model has "
+            f"{num_classes} classes (0 to {num_classes - 1}); map the labels or check the model."
+        )
+    if low == high and split.info.name != "calibration":
+        raise DataError(
+            f"All {split.info.num_samples} {split.info.name} samples are of class {low}; an "
+            "accuracy on one class says nothing. Give samples of several classes."
+        )
+
+
+def _fingerprints(split: Split) -> Iterable[bytes]:
+    for row in range(split.info.num_samples):
+        digest = hashlib.blake2b(digest_size=16)
+        for array in split.inputs.values():
+            digest.update(np.ascontiguousarray(array[row]).tobytes())
+        yield digest.digest()
+
+
+def _create(folder: Path, sample: Sample, num_samples: int) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in sample.inputs.items():
+        shape = (num_samples, *value.shape)
+        path = folder / f"{name or 'input'}.npy"
+        arrays[name] = open_memmap(
+            path, mode="w+", dtype=value.dtype.newbyteorder("="), shape=shape
+        )
+    return arrays
+
+
+def _reserve(folder: Path, names: Iterable[str]) -> None:
+    """Take the space at once: a disk that fills up under a memory map kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    for name in names:
+        with (folder / f"{name}.npy").open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
+def _store(arrays: dict[str, np.ndarray], row: int, sample: Sample, index: int) -> None:
+    if sample.inputs.keys() != arrays.keys():
+        raise DataError(
+            f"Sample {index} has the inputs {sorted(sample.inputs)} and earlier ones "
+            f"{sorted(arrays)}; give every sample the same."
+        )
+    for name, value in sample.inputs.items():
+        array = arrays[name]
+        if value.shape != array.shape[1:]:
+            raise DataError(
+                f"Sample {index} has the shape {value.shape} and an earlier one {array.shape[1:]}; "
+                "bring all samples to one shape."
+            )
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise DataError(f"The input of sample {index} has NaN values; remove or repair it.")
+        if value.dtype != array.dtype and not np.can_cast(value.dtype, array.dtype, "same_kind"):
+            raise DataError(
+                f"Sample {index} is {value.dtype} and an earlier one {array.dtype}; give one kind."
+            )
+        array[row] = value
+
+
+def _rename(
+    inputs: dict[str, np.ndarray], names: Mapping[str, str], index: int
+) -> dict[str, np.ndarray]:
+    unknown = [name for name in inputs if name not in names]
+    if unknown:
+        raise DataError(
+            f"Sample {index} has the inputs {sorted(inputs)} and the first one {sorted(names)}; "
+            "give every sample the same."
+        )
+    return {names[name]: value for name, value in inputs.items()}

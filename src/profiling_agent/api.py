@@ -1,0 +1,91 @@
+"""The front door in Python: what the command line does, as three functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from profiling_agent import loop, stages
+from profiling_agent.deployment.artefact import ServedModel, open_artefact
+from profiling_agent.machine.threads import default_threads
+from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.trial import RunRecord, RunSettings
+from profiling_agent.report.live import open_progress
+
+
+def optimize(
+    model: str | nn.Module,
+    data: object | None = None,
+    max_drop: float = 0.5,
+    *,
+    out: str | Path,
+    weights: str | None = None,
+    test_data: object | None = None,
+    objective: Objective = "latency",
+    batch_size: int = 1,
+    threads: int | None = None,
+    time_budget: float = 900.0,
+    max_trials: int = 12,
+    planner: str = "solver",
+    runtimes: Sequence[str] = ("torch", "onnxruntime"),
+    evidence: Evidence = "measured",
+    seed: int = 0,
+    show_progress: bool = True,
+) -> RunRecord:
+    """Search for the best artefact within ``max_drop`` points; it is left in ``out/artefact``.
+
+    ``model`` is a live module or a reference such as ``model.py:factory`` or ``demo:vit``;
+    ``data`` a dataset, a loader, a pair of arrays, a dictionary of splits or a reference.
+    ``time_budget`` is in seconds; ``threads`` None takes what the machine grants. Raises the errors
+    of ``profiling_agent.errors``.
+
+        result = optimize(model, data, max_drop=0.5, out="result")
+    """
+    settings = RunSettings(
+        budget=Budget(
+            max_drop=max_drop,
+            objective=objective,
+            time_s=time_budget,
+            max_trials=max_trials,
+            evidence=evidence,
+        ),
+        deployment=Deployment(batch_size=batch_size, threads=threads or default_threads()),
+        planner=planner,
+        runtimes=tuple(runtimes),
+        seed=seed,
+    )
+    progress = open_progress(time_budget, mode="auto" if show_progress else "silent")
+    try:
+        return loop.optimize_workload(
+            model,
+            data,
+            settings,
+            out=Path(out),
+            weights=weights,
+            test_data=test_data,
+            progress=progress,
+        )
+    finally:
+        progress.close()
+
+
+def profile(
+    model: str | nn.Module,
+    data: object | None = None,
+    *,
+    weights: str | None = None,
+    batch_size: int = 1,
+    threads: int | None = None,
+    seconds: float = 120.0,
+) -> Profile:
+    """Costs of every module and group, latency against width, and accuracy sensitivity."""
+    deployment = Deployment(batch_size=batch_size, threads=threads or default_threads())
+    return stages.profile(model, data, weights=weights, deployment=deployment, seconds=seconds)
+
+
+def load(artefact: str | Path, threads: int | None = None) -> ServedModel:
+    """Open an artefact as its ``serve.py`` does: ``load("result/artefact").predict(images)``."""
+    return open_artefact(Path(artefact), threads)

@@ -1,0 +1,107 @@
+"""Closed-form repair: the consumers of removed units are refitted without training.
+
+A consumer computes ``W x + b`` over inputs x. With S the inputs that stay, least squares asks for
+the weights V and bias c that minimise ``E |W x + b - (V x_S + c)|^2 + r |V - W_S|^2``. They are
+
+    V = W_S + (W C[:, S] - W_S C[S, S]) (C[S, S] + r I)^-1,    c = b + (W mu - V mu_S)
+
+with mu and C the mean and covariance of x (He et al. 2017 without the alternation; Optimal Brain
+Compensation and CORP use the same normal equations). Mean shift is the cheap form, V = W_S.
+A layer without a bias keeps none: there the raw second moment takes the place of C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from profiling_agent.acquisition.workload import compute_logits
+from profiling_agent.compression.group import Group, Kept, removed_indices
+from profiling_agent.compression.statistics import Moments
+from profiling_agent.compression.surgery import NewWeights
+from profiling_agent.records.plan import Repair
+
+RIDGE = 1e-3
+"""Of the mean variance of the inputs."""
+
+
+def repair_consumers(
+    model: nn.Module,
+    groups: Sequence[Group],
+    kept: Kept,
+    moments: Mapping[str, Moments],
+    method: Repair,
+) -> dict[str, NewWeights]:
+    """New weights for every consumer with known moments; an empty dictionary for ``none``."""
+    if method == "none":
+        return {}
+    repaired: dict[str, NewWeights] = {}
+    for (name, axis), gone in removed_indices(groups, kept).items():
+        if axis == "in" and name in moments:
+            layer = model.get_submodule(name)
+            repaired[name] = _refit(layer, gone, moments[name], method)
+    return repaired
+
+
+def _refit(layer: nn.Module, gone: np.ndarray, moments: Moments, method: Repair) -> NewWeights:
+    assert isinstance(layer.weight, Tensor)
+    full = layer.weight.detach()
+    weight = full.double().flatten(1)
+    bias = layer.bias.detach().double() if isinstance(layer.bias, Tensor) else None
+    stay = torch.from_numpy(columns_that_stay(layer, gone))
+    if method == "least-squares":
+        gram = moments.second if bias is None else moments.covariance
+        new = _least_squares(weight, gram, stay)
+    else:
+        new = weight[:, stay]
+    if bias is not None:
+        bias = bias + weight @ moments.mean - new @ moments.mean[stay]
+    num_kept = full.shape[1] - len(gone)
+    return NewWeights(
+        weight=new.reshape(full.shape[0], num_kept, *full.shape[2:]).to(full.dtype),
+        bias=None if bias is None else bias.to(full.dtype),
+    )
+
+
+def columns_that_stay(layer: nn.Module, gone: np.ndarray) -> np.ndarray:
+    """Columns of the flattened weight that belong to the inputs that stay."""
+    assert isinstance(layer.weight, Tensor)
+    size, patch = layer.weight.shape[1], layer.weight[0, 0].numel()
+    stay = np.setdiff1d(np.arange(size), gone)
+    return (stay[:, None] * patch + np.arange(patch)).reshape(-1)
+
+
+def _least_squares(weight: Tensor, gram: Tensor, stay: Tensor) -> Tensor:
+    inner = gram[stay][:, stay]
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+    inner = inner + ridge * torch.eye(len(stay), dtype=inner.dtype)
+    # pulled towards the old weights and not towards zero: what the data never excites keeps
+    # the weight it had
+    old = weight[:, stay]
+    gap = weight @ gram[:, stay] - old @ gram[stay][:, stay]
+    return old + torch.linalg.solve(inner, gap.T).T
+
+
+@torch.inference_mode()
+def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> int:
+    """Re-estimate the running statistics of all batch norms; returns how many there are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
+    if not norms:
+        return 0
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average over all batches
+            norm.train()
+        for batch in batches:
+            compute_logits(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    return len(norms)

@@ -1,0 +1,118 @@
+"""Second moments of what the consumers read, streamed over calibration data.
+
+Everything the closed-form importance and repair need is the mean and the Gram matrix of each
+consumer's input: their size depends on the layer and not on the amount of data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from profiling_agent.acquisition.workload import compute_logits
+from profiling_agent.compression.group import Group
+
+MAX_ROWS_PER_SAMPLE = 64
+"""Positions of one sample that enter a Gram matrix; neighbouring ones say nearly the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Mean (d,) and mean outer product (d, d) of a layer's input, double precision.
+
+    For a convolution an input is an unfolded patch, channel-major: d = channels x kernel size.
+    """
+
+    mean: Tensor
+    second: Tensor
+    num_rows: int
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def repairable(layer: nn.Module) -> bool:
+    """Whether the layer's input can be written as rows times a weight matrix here."""
+    if isinstance(layer, nn.Linear):
+        return True
+    return isinstance(layer, nn.Conv2d) and layer.groups == 1 and isinstance(layer.padding, tuple)
+
+
+def consumers_of(model: nn.Module, groups: Sequence[Group]) -> tuple[str, ...]:
+    """Names of the consumers whose inputs can be described, each once."""
+    names = {m.module: None for g in groups for m in g.consumers}
+    return tuple(name for name in names if repairable(model.get_submodule(name)))
+
+
+@torch.inference_mode()
+def gather_moments(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Moments]:
+    """Moments of the input of each named layer; one forward per batch, all layers at once."""
+    sums: dict[str, _Sum] = {name: _Sum() for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(total.add)
+        for name, total in sums.items()
+    ]
+    try:
+        for batch in batches:
+            compute_logits(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total.moments() for name, total in sums.items() if total.num_rows}
+
+
+class _Sum:
+    """A running sum; a hook."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self.second: Tensor | None = None
+        self.num_rows = 0
+
+    def add(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = input_rows(layer, args[0])
+        mean, second = rows.sum(0).double(), (rows.T @ rows).double()
+        self.mean = mean if self.mean is None else self.mean + mean
+        self.second = second if self.second is None else self.second + second
+        self.num_rows += rows.shape[0]
+
+    def moments(self) -> Moments:
+        assert self.mean is not None and self.second is not None
+        return Moments(
+            mean=self.mean / self.num_rows,
+            second=self.second / self.num_rows,
+            num_rows=self.num_rows,
+        )
+
+
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's input as (rows, d), at most 64 evenly spread positions of each sample."""
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        return _spread(rows, MAX_ROWS_PER_SAMPLE).reshape(-1, x.shape[-1])
+    assert isinstance(layer, nn.Conv2d)
+    padding = layer.padding
+    assert isinstance(padding, tuple)
+    if layer.kernel_size == (1, 1) and padding == (0, 0):
+        patches = x[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
+    else:
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    rows = _spread(patches.transpose(1, 2), MAX_ROWS_PER_SAMPLE)
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _spread(rows: Tensor, limit: int) -> Tensor:
+    """At most ``limit`` positions of axis 1; a prime-like stride so that no column is favoured."""
+    count = rows.shape[1]
+    if count <= limit:
+        return rows
+    positions = (torch.arange(limit) * count) // limit
+    positions = (positions + torch.arange(limit) * 7) % count
+    return rows[:, torch.unique(positions)]

@@ -1,0 +1,217 @@
+"""Runs this artefact with torch and numpy alone.
+
+    python serve.py images.npy            one label a line
+
+    from serve import Model, predict
+    predict(images)                       labels of raw images, (batch, ...) as in manifest.json
+    Model(threads=1).logits(images)       float32 (batch, classes)
+
+``graph.py`` holds the model as a function, ``weights.safetensors`` its tensors; int8 weights are
+packed for the processor when the model is opened.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+ENGINES = ("x86", "fbgemm", "qnnpack")
+
+
+class Weights:
+    """Tensors of a safetensors file, read one by one when ``graph.py`` asks for them."""
+
+    def __init__(self, path):
+        self.file = path.open("rb")
+        length = int.from_bytes(self.file.read(8), "little")
+        self.header = json.loads(self.file.read(length))
+        self.start = 8 + length
+
+    def close(self):
+        self.file.close()
+
+    def tensor(self, name):
+        entry = self.header[name]
+        first, last = entry["data_offsets"]
+        flat = torch.empty(
+            int(np.prod(entry["shape"], dtype=np.int64)), dtype=DTYPES[entry["dtype"]]
+        )
+        if last > first:
+            self.file.seek(self.start + first)
+            read = self.file.readinto(flat.view(torch.uint8).numpy().data)
+            if read != last - first:
+                raise ValueError(f"The weights file ends within {name!r}; copy the artefact again.")
+        return flat.reshape(entry["shape"])
+
+    def int8_linear(self, name, scale, bias):
+        """Pack an int8 weight and its float bias for ``quantized.linear_dynamic``."""
+        engine = next((e for e in ENGINES if e in torch.backends.quantized.supported_engines), None)
+        if engine is None:
+            raise RuntimeError("This torch has no int8 engine for this processor.")
+        torch.backends.quantized.engine = engine
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor, ")
+            # Called through torch.ops, its warning would reach stderr past every filter.
+            make = torch._make_per_tensor_quantized_tensor  # pyright: ignore
+            weight = make(self.tensor(name), scale, 0)
+            values = None if bias is None else self.tensor(bias)
+            return torch.ops.quantized.linear_prepack(weight, values)
+
+    def folded(self, weight, bias, gamma, beta, mean, variance, eps):
+        """Weight and bias of a convolution that does the batch norm after it as well."""
+        kernel, centre = self.tensor(weight), self.tensor(mean)
+        scale = torch.rsqrt(self.tensor(variance) + eps)
+        if gamma is not None:
+            scale = scale * self.tensor(gamma)
+        shift = -centre * scale
+        if bias is not None:
+            shift = shift + self.tensor(bias) * scale
+        if beta is not None:
+            shift = shift + self.tensor(beta)
+        return kernel * scale.reshape([-1] + [1] * (kernel.dim() - 1)), shift
+
+
+class Model:
+    """The artefact, opened; ``logits`` is ``run(prepare(inputs))``."""
+
+    def __init__(self, folder=None, threads=None):
+        folder = Path(folder) if folder is not None else Path(__file__).parent
+        self.manifest = read_manifest(folder)
+        torch.set_num_threads(threads or self.manifest["deployment"]["threads"])
+        self.fixed_batch = self.manifest["batch_size"]
+        weights = Weights(folder / "weights.safetensors")
+        try:
+            self.forward = load_graph(folder / "graph.py")(weights)
+        finally:
+            weights.close()
+
+    def prepare(self, inputs):
+        """Raw arrays (one, or a dict by input name) to the tensors that ``run`` takes."""
+        return tuple(torch.from_numpy(value) for value in preprocess(inputs, self.manifest))
+
+    def run(self, prepared):
+        """Logits of prepared inputs as an array (batch, classes), float32."""
+        with torch.inference_mode():
+            return self.forward(*prepared).float().numpy()
+
+    def logits(self, inputs):
+        """Logits of raw inputs as an array (batch, classes), float32."""
+        prepared = self.prepare(inputs)
+        if self.fixed_batch is None:
+            return self.run(prepared)
+        return in_blocks(self.run, prepared, self.fixed_batch, torch.cat)
+
+    def predict(self, inputs):
+        """Labels of raw inputs: class names when the manifest has them, else class indices."""
+        return name_classes(self.logits(inputs), self.manifest["class_names"])
+
+
+def load_graph(path):
+    """The ``build`` function of ``graph.py``."""
+    names: dict = {"__name__": "artefact_graph", "__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), names)
+    return names["build"]
+
+
+# --- the same in every runtime's serve.py ---------------------------------------------------------
+
+
+def read_manifest(folder):
+    """The manifest, or a sentence about what is wrong with it."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.get("schema_version") != 1:
+        raise ValueError(
+            f"This serve.py reads manifests of schema 1, not {manifest.get('schema_version')!r}."
+        )
+    return manifest
+
+
+def preprocess(inputs, manifest):
+    """Raw arrays to what the graph takes: ``(x * scale - mean) / std``, channels first."""
+    specs = manifest["inputs"]
+    if not isinstance(inputs, dict):
+        if len(specs) != 1:
+            raise ValueError(f"Pass a dict with the inputs {[s['name'] for s in specs]}.")
+        inputs = {specs[0]["name"]: inputs}
+    if missing := [spec["name"] for spec in specs if spec["name"] not in inputs]:
+        raise ValueError(f"The inputs {missing} are missing.")
+    steps = manifest["preprocessing"]
+    prepared = []
+    for position, spec in enumerate(specs):
+        value = np.asarray(inputs[spec["name"]])
+        if position == 0 and steps["layout"] != "none":
+            value = normalise(value, steps)
+        value = np.array(value, dtype=spec["dtype"], order="C", ndmin=1)
+        if list(value.shape[1:]) != list(spec["shape"]):
+            raise ValueError(
+                f"Input {spec['name']!r} needs a batch axis and samples of shape {spec['shape']} "
+                f"after preprocessing; got an array that became {list(value.shape)}."
+            )
+        if len(value) == 0:
+            raise ValueError(f"Input {spec['name']!r} holds no samples.")
+        prepared.append(value)
+    return prepared
+
+
+def normalise(images, steps):
+    """Images of any layout to float32 (batch, channels, height, width)."""
+    per_channel = [-1, 1, 1] if steps["layout"] == "chw" else [-1]
+    images = images.astype(np.float32) * np.float32(steps["scale"])
+    if steps["mean"]:
+        images = images - np.array(steps["mean"], np.float32).reshape(per_channel)
+    if steps["std"]:
+        images = images / np.array(steps["std"], np.float32).reshape(per_channel)
+    if steps["layout"] == "hw":
+        return images[:, None]
+    return images.transpose(0, 3, 1, 2) if steps["layout"] == "hwc" else images
+
+
+def in_blocks(run, prepared, size, join):
+    """Run a graph of fixed batch size over any number of samples; the last block is filled up."""
+    results = []
+    for start in range(0, len(prepared[0]), size):
+        block = [value[start : start + size] for value in prepared]
+        count = len(block[0])
+        if count < size:
+            block = [join([value] + [value[-1:]] * (size - count)) for value in block]
+        results.append(run(tuple(block))[:count])
+    return np.concatenate(results)
+
+
+def name_classes(logits, names):
+    """The class of the largest logit of each row."""
+    return [names[index] if names else int(index) for index in logits.argmax(axis=1)]
+
+
+_default = []
+
+
+def predict(images):
+    """Labels of raw inputs by the artefact in this file's folder, opened once."""
+    if not _default:
+        _default.append(Model())
+    return _default[0].predict(images)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python serve.py images.npy")
+    loaded = np.load(sys.argv[1], allow_pickle=False)
+    for label in predict(dict(loaded) if hasattr(loaded, "files") else loaded):
+        print(label)

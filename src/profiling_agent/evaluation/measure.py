@@ -1,0 +1,109 @@
+"""Accuracy, latency and memory of artefacts, by one protocol for before and after.
+
+Latency: short alternating blocks (A B A B ...), each in its own process with the other processes
+stopped, the first calls of a block dropped. A comparison is the median of the ratios of
+neighbouring blocks, with a bootstrap interval over blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from profiling_agent.errors import TrialError
+from profiling_agent.evaluation.predictor import Predictor
+from profiling_agent.evaluation.statistics import paired_drop, upper_bound
+from profiling_agent.machine.clock import now, ratio_interval, summarise
+from profiling_agent.records.common import Interval, Timing
+from profiling_agent.records.evaluation import Accuracy
+from profiling_agent.records.workload import SplitName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How long and how often: ``num_blocks`` blocks of each, ``block_s`` seconds, a warm-up."""
+
+    num_blocks: int = 12
+    block_s: float = 0.15
+    min_calls: int = 3
+    warmup: int = 3
+
+
+TRIAL = Protocol()
+FINAL = Protocol(num_blocks=24, block_s=0.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Timings of several artefacts from one interleaved measurement, by name."""
+
+    blocks: Mapping[str, Sequence[Sequence[float]]]
+
+    def timing(self, name: str) -> Timing:
+        return summarise(self.blocks[name])
+
+    def speedup(self, name: str, over: str) -> Interval:
+        """Latency of ``over`` divided by that of ``name``: above 1, ``name`` is faster."""
+        return ratio_interval(self.blocks[over], self.blocks[name])
+
+
+def race(
+    predictors: Mapping[str, Predictor],
+    split: Path,
+    protocol: Protocol = TRIAL,
+    deadline: float | None = None,
+) -> Race:
+    """Time all predictors in turn on the same samples; each is paused while another runs.
+
+    ``deadline`` (on ``now``'s clock) ends it early, with at least three rounds. A slow model gets
+    fewer rounds before the block's length counts.
+    """
+    for predictor in predictors.values():
+        predictor.resume()
+        predictor.prepare(split)
+    blocks: dict[str, list[list[float]]] = {name: [] for name in predictors}
+    for predictor in predictors.values():
+        predictor.time_block(0.0, 1, protocol.warmup)  # first calls compile and allocate
+        predictor.pause()
+    for done in range(protocol.num_blocks):
+        if deadline is not None and done >= 3 and now() > deadline:
+            break
+        for name, predictor in predictors.items():
+            predictor.resume()
+            calls = predictor.time_block(protocol.block_s, protocol.min_calls, protocol.warmup)
+            blocks[name].append(calls)
+            predictor.pause()
+    return Race(blocks=blocks)
+
+
+def outcomes(logits: np.ndarray, num_classes: int) -> np.ndarray:
+    """Predicted classes (samples,); ``TrialError`` when the logits aren't (samples, classes)."""
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+        raise TrialError(f"The artefact returns shape {logits.shape}, not (n, {num_classes}).")
+    if not np.isfinite(logits).all():
+        raise TrialError("The artefact gives numbers that are not finite.")
+    return logits.argmax(axis=1)
+
+
+def score(
+    split: SplitName,
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    original: np.ndarray | None,
+    *,
+    level: float = 0.95,
+) -> Accuracy:
+    """Accuracy of predictions, paired with the original's on the same samples when given."""
+    right = predicted == labels
+    paired = None if original is None else original == labels
+    return Accuracy(
+        split=split,
+        num_samples=len(labels),
+        value=100.0 * float(right.mean()),
+        drop=None if paired is None else paired_drop(paired, right),
+        upper_bound=None if paired is None else upper_bound(paired, right, level=level),
+        agreement=None if original is None else float((predicted == original).mean()),
+    )

@@ -1,0 +1,295 @@
+"""The end of a run: the test split is opened, a verdict is reached, an artefact handed over."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.deployment.artefact import read_manifest
+from profiling_agent.errors import ModelError, StorageError, TrialError
+from profiling_agent.evaluation.measure import FINAL, Protocol, outcomes, race, score
+from profiling_agent.evaluation.predictor import Predictor
+from profiling_agent.evaluation.statistics import samples_to_prove
+from profiling_agent.planning.decide import (
+    Final,
+    conclude,
+    nominate,
+    proof_level,
+    ranked_controls,
+    within_budget,
+)
+from profiling_agent.records.common import Interval, NotMeasured
+from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
+from profiling_agent.records.store import RunStore
+from profiling_agent.records.trial import Candidate, RunSettings, Trial, Verdict
+from profiling_agent.records.workload import SplitName
+from profiling_agent.report.live import Progress, quiet
+from profiling_agent.run_state import RunState
+from profiling_agent.trial import TrialRunner, evaluation_of
+
+RACE_SHARE = 0.1
+"""Of the time budget, at most, for the race that the headline is taken from."""
+NOT_RACED = NotMeasured(what="latency, speed-up and memory", reason="over the budget on test data")
+
+
+def final_protocol(time_budget_s: float) -> Protocol:
+    """The last race: up to 24 blocks of each, fewer when the whole budget is short."""
+    per_round = 3 * (FINAL.block_s + 0.05)
+    num_blocks = int(RACE_SHARE * time_budget_s / per_round)
+    return Protocol(num_blocks=max(10, min(FINAL.num_blocks, num_blocks)), block_s=FINAL.block_s)
+
+
+def final_seconds(num_test: int, per_sample_s: float, time_budget_s: float) -> float:
+    """What the final stage is expected to take: test accuracy of the original, a control and two
+    candidates (each taken to be no slower than half the original), and a race and a half."""
+    protocol = final_protocol(time_budget_s)
+    race_s = protocol.num_blocks * 3 * (protocol.block_s + 0.05) + 8.0
+    return min(0.6 * time_budget_s, 2.5 * num_test * per_sample_s + 1.5 * race_s)
+
+
+def labels_of(workload: Workload, split: SplitName) -> np.ndarray:
+    labels = workload.splits[split].labels
+    assert labels is not None
+    return np.asarray(labels)
+
+
+def predict_original(
+    predictor: Predictor, workload: Workload, data: Path, split: SplitName
+) -> np.ndarray:
+    """Classes the untouched model predicts; ``ModelError`` when its forward fails."""
+    try:
+        return outcomes(predictor.logits(data / split), workload.record.task.num_classes)
+    except TrialError as error:
+        raise ModelError(
+            f"The untouched model fails on the {split} data: {error} Run it by hand on one batch "
+            "of that size."
+        ) from None
+
+
+class Finish:
+    """Walks from the trials to the verdict; what the journal already holds is not done again."""
+
+    def __init__(
+        self,
+        *,
+        store: RunStore,
+        settings: RunSettings,
+        workload: Workload,
+        state: RunState,
+        runner: TrialRunner,
+        progress: Progress,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.store, self.workload, self.state, self.runner = store, workload, state, runner
+        self.progress, self.warn = progress, warn
+        self.budget, self.deployment = settings.budget, settings.deployment
+        self.protocol = final_protocol(self.budget.time_s)
+
+    def walk(self) -> None:
+        candidates = self._candidates()
+        self.level = proof_level(len(candidates))
+        self.progress.stage("test split", "the original")
+        self.original = self._original()
+        baseline = self.state.baseline
+        assert baseline is not None
+        control = self._control()
+        tested: list[Final] = []
+        verdict: Verdict | None = None
+        for candidate in candidates:
+            final = self._look(self._trial(candidate.trial_id))
+            if final is None:
+                continue
+            if within_budget(final, self.budget):
+                control, final = self._race(final, control)
+            tested.append(final)
+            verdict = conclude(tested, control, baseline, self.budget, self.state.trials)
+            if verdict.kind == "ACCEPT":
+                break
+        if verdict is None or verdict.kind != "ACCEPT":
+            if control is not None and control.evaluation.speedup is None:
+                _, control = self._race(control, None)
+            verdict = conclude(tested, control, baseline, self.budget, self.state.trials)
+        self._hand_over(verdict)
+
+    def _candidates(self) -> list[Candidate]:
+        if self.state.candidates is None:
+            num_test = self.workload.record.split("test").num_samples
+            self.state.candidates = nominate(self.state.trials, self.budget, num_test)
+            dumped = [candidate.model_dump(mode="json") for candidate in self.state.candidates]
+            self.store.journal.append("candidates", dumped)
+        return self.state.candidates
+
+    def _trial(self, trial_id: str) -> Trial:
+        return next(trial for trial in self.state.trials if trial.trial_id == trial_id)
+
+    def _original(self) -> np.ndarray:
+        path = self.store.data / "baseline_test.npy"
+        if not path.exists():
+            predictor = self.runner.baseline.predictor
+            with quiet(self.progress):
+                predicted = predict_original(predictor, self.workload, self.store.data, "test")
+            predictor.pause()
+            np.save(path, predicted)
+        predicted = np.load(path, allow_pickle=False)
+        baseline = self.state.baseline
+        assert baseline is not None
+        if baseline.on("test") is None:
+            accuracy = score("test", predicted, labels_of(self.workload, "test"), None)
+            parts = (*baseline.accuracy, accuracy)
+            self.state.baseline = baseline.model_copy(update={"accuracy": parts})
+            self.store.journal.append("baseline", self.state.baseline)
+        return predicted
+
+    def _control(self) -> Final | None:
+        """The best control that is within the budget on the test split too."""
+        for trial in ranked_controls(self.state.trials, self.budget):
+            final = self._look(trial)
+            drop = final.drop if final is not None else None
+            if drop is not None and drop.estimate <= self.budget.max_drop:
+                return final
+        return None
+
+    def _look(self, trial: Trial) -> Final | None:
+        """A trial's accuracy on the test split; ``None`` when it fails there."""
+        known = self.state.final_facts.get(trial.trial_id)
+        if known is None:
+            self.progress.stage("test split", trial.trial_id)
+            try:
+                with quiet(self.progress):
+                    known = self._look_now(trial)
+            except TrialError as error:
+                self.warn(f"{trial.trial_id} failed on the test split: {error}")
+                return None
+            self._keep(trial.trial_id, known)
+        return _final_of(trial, known)
+
+    def _look_now(self, trial: Trial) -> dict[str, Any]:
+        built, labels = self._built(trial), labels_of(self.workload, "test")
+        with contextlib.closing(self._open(trial, built)) as predictor:
+            logits = predictor.logits(self.store.data / "test")
+        predicted = outcomes(logits, self.workload.record.task.num_classes)
+        accuracy = score("test", predicted, labels, self.original, level=self.level)
+        needed = samples_to_prove(
+            self.original == labels, predicted == labels, self.budget.max_drop, level=self.level
+        )
+        evaluation = self._unraced(trial, built, accuracy)
+        return _facts(evaluation, None, needed)
+
+    def _unraced(self, trial: Trial, built: BuiltArtefact, accuracy: Accuracy) -> Evaluation:
+        return Evaluation(
+            artefact=trial.trial_id,
+            runtime=built.runtime,
+            scheme=built.scheme,
+            deployment=self.deployment,
+            accuracy=(accuracy,),
+            timing=None,
+            speedup=None,
+            throughput_per_s=None,
+            size_bytes=built.size_bytes,
+            weight_bytes=built.weight_bytes,
+            memory_bytes=None,
+            not_measured=(NOT_RACED,),
+        )
+
+    def _race(self, final: Final, control: Final | None) -> tuple[Final | None, Final]:
+        """Baseline, control and candidate in one interleaved race; both come back with times."""
+        if final.evaluation.speedup is not None:
+            return control, final
+        self.progress.stage("final race", final.trial.trial_id)
+        try:
+            with quiet(self.progress):
+                return self._race_now(final, control)
+        except TrialError as error:
+            self.warn(f"{final.trial.trial_id} failed in the final race: {error}")
+            return control, final
+
+    def _race_now(self, final: Final, control: Final | None) -> tuple[Final | None, Final]:
+        racers: dict[str, Predictor] = {"baseline": self.runner.baseline.predictor}
+        with contextlib.ExitStack() as stack:
+            for entry in (control, final):
+                if entry is not None:
+                    opened = self._open(entry.trial, self._built(entry.trial))
+                    racers[entry.trial.trial_id] = stack.enter_context(contextlib.closing(opened))
+            times = race(racers, self.store.data / "calibration", self.protocol)
+            timed: list[Final] = []
+            for entry in (control, final):
+                if entry is None:
+                    continue
+                name = entry.trial.trial_id
+                evaluation = evaluation_of(
+                    name,
+                    self._built(entry.trial),
+                    self.deployment,
+                    entry.evaluation.accuracy,
+                    times,
+                    racers[name],
+                )
+                rival = control.trial.trial_id if control is not None else None
+                over = times.speedup(name, rival) if rival not in (None, name) else None
+                facts = _facts(evaluation, over, entry.samples_to_prove)
+                self._keep(name, facts)
+                timed.append(_final_of(entry.trial, facts))
+        return (timed[0] if control is not None else None), timed[-1]
+
+    def _built(self, trial: Trial) -> BuiltArtefact:
+        manifest = read_manifest(self.store.trial(trial.trial_id))
+        return BuiltArtefact.model_validate(manifest["built"])
+
+    def _open(self, trial: Trial, built: BuiltArtefact) -> Predictor:
+        return self.runner.open(self.store.trial(trial.trial_id), built.runtime)
+
+    def _keep(self, trial_id: str, facts: dict[str, Any]) -> None:
+        self.state.final_facts[trial_id] = facts
+        self.store.journal.append("final", facts)
+
+    def _hand_over(self, verdict: Verdict) -> None:
+        if verdict.trial_id is not None:
+            copy_artefact(self.store.trial(verdict.trial_id), self.store.artefact)
+            self.state.artefact = self.store.artefact.name
+        self.state.verdict = verdict
+        self.store.journal.append(
+            "verdict",
+            {"verdict": verdict.model_dump(mode="json"), "artefact": self.state.artefact},
+        )
+
+
+def _facts(
+    evaluation: Evaluation, over_control: Interval | None, needed: int | None
+) -> dict[str, Any]:
+    return {
+        "evaluation": evaluation.model_dump(mode="json"),
+        "over_control": over_control.model_dump(mode="json") if over_control else None,
+        "samples_to_prove": needed,
+    }
+
+
+def _final_of(trial: Trial, facts: dict[str, Any]) -> Final:
+    over = facts["over_control"]
+    return Final(
+        trial=trial,
+        evaluation=Evaluation.model_validate(facts["evaluation"]),
+        over_control=Interval.model_validate(over) if over else None,
+        samples_to_prove=facts["samples_to_prove"],
+    )
+
+
+def copy_artefact(source: Path, target: Path) -> None:
+    """Copy a trial's artefact into place, whole or not at all; ``StorageError`` otherwise."""
+    draft = target.with_name(f".{target.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(source, draft)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise StorageError(
+            f"Can't write the artefact to {str(target)!r}: {error}. Free space and start again: "
+            "the run continues from its journal."
+        ) from None

@@ -1,0 +1,423 @@
+"""The whole story: acquire, measure the controls, profile, propose, try, decide, hand over.
+
+Every step is journalled, measured values included, before the next begins, so that a killed run
+continues from its journal and measures nothing twice. The search split is what the loop looks at;
+the test split is opened once, after the candidates are journalled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.deployment.artefact import baseline_size
+from profiling_agent.deployment.runtimes import RUNTIMES, available
+from profiling_agent.errors import (
+    BudgetError,
+    DataError,
+    ModelError,
+    TrialError,
+)
+from profiling_agent.evaluation.measure import TRIAL, race, score
+from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
+from profiling_agent.evaluation.statistics import (
+    accuracy_interval,
+    provable_drop,
+)
+from profiling_agent.finish import Finish, final_seconds, labels_of, predict_original
+from profiling_agent.machine.clock import load_average, now
+from profiling_agent.machine.processor import describe_machine
+from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.fits import check_fits
+from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
+from profiling_agent.planning.planner import Planner, Proposal, find_planner
+from profiling_agent.records.common import NotMeasured
+from profiling_agent.records.evaluation import Evaluation
+from profiling_agent.records.plan import Plan, Quantization
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.store import RunStore, write_text
+from profiling_agent.records.trial import (
+    Rejection,
+    RunRecord,
+    RunSettings,
+)
+from profiling_agent.report.live import Progress, SilentProgress, quiet
+from profiling_agent.run_state import RunState, draw_record, resume, save_record
+from profiling_agent.trial import (
+    Baseline,
+    Builder,
+    LocalBuilder,
+    TrialRunner,
+    WorkerBuilder,
+)
+
+PROFILE_SHARE = 0.2
+MAX_REJECTIONS = 3
+PATIENCE = 5
+"""Trials without a better feasible plan after which the search stops."""
+
+
+def optimize_workload(
+    model: str | nn.Module,
+    data: object | None,
+    settings: RunSettings,
+    *,
+    out: Path,
+    weights: str | None = None,
+    test_data: object | None = None,
+    planner: Planner | None = None,
+    progress: Progress | None = None,
+) -> RunRecord:
+    """Search for the best artefact within the budget and hand it over in ``out/artefact``.
+
+    Continues a run that was stopped in ``out``, if it had the same settings and data. Raises the
+    errors of ``errors.py``; whatever a plan causes becomes a FAILED trial instead.
+    """
+    progress = progress or SilentProgress()
+    check_settings(settings)
+    planner = planner or find_planner(settings.planner)
+    store = RunStore(out)
+    store.create()
+    start = now()
+    spent = store.journal.spent()
+    store.journal.clock = lambda: spent + now() - start
+    progress.stage("acquiring", "model and data")
+    workload = acquire(
+        model, data, weights=weights, test_data=test_data, folder=store.data, seed=settings.seed
+    )
+    state = resume(store, settings, workload.record)
+    if state.verdict is None:
+        with contextlib.ExitStack() as stack:
+            run = _Run(
+                store=store,
+                settings=settings,
+                workload=workload,
+                state=state,
+                planner=planner,
+                progress=progress,
+                is_live=not isinstance(model, str),
+                stack=stack,
+            )
+            run.walk()
+    else:
+        progress.message(f"This run is finished; {str(out)!r} holds its result.")
+    record = draw_record(store, state)
+    save_record(store, record)
+    return record
+
+
+def check_settings(settings: RunSettings) -> None:
+    """``BudgetError`` for a budget or a runtime that makes no sense."""
+    drop = settings.budget.max_drop
+    if not math.isfinite(drop) or drop < 0:
+        raise BudgetError(f"--max-drop is {drop!r}; give the points that may be lost, such as 0.5.")
+    if drop > 50:
+        raise BudgetError(
+            f"--max-drop {drop:g} would allow a useless model; it is in points of accuracy (0.5 "
+            "is half a percent of the samples)."
+        )
+    unknown = [name for name in settings.runtimes if name not in RUNTIMES]
+    if unknown or not settings.runtimes:
+        raise BudgetError(f"There is no runtime {unknown!r}; choose from {', '.join(RUNTIMES)}.")
+
+
+class _Run:
+    """One walk through the stages; each looks at the state first and does what is missing."""
+
+    def __init__(
+        self,
+        *,
+        store: RunStore,
+        settings: RunSettings,
+        workload: Workload,
+        state: RunState,
+        planner: Planner,
+        progress: Progress,
+        is_live: bool,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.store, self.settings, self.workload, self.state = store, settings, workload, state
+        self.planner, self.progress, self.is_live, self.stack = planner, progress, is_live, stack
+        self.budget, self.deployment = settings.budget, settings.deployment
+        self.machine = describe_machine()
+        self.memory_limit = int(0.85 * self.machine.memory_bytes)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that remain."""
+        return self.budget.time_s - self.store.journal.clock()
+
+    def walk(self) -> None:
+        self._check_task()
+        if self.is_live:
+            self._warn("The model is a live object: its trials run in this process, unguarded.")
+        baseline = self._baseline()
+        builder = self._builder()
+        runner = TrialRunner(
+            builder=builder,
+            workload=self.workload,
+            baseline=baseline,
+            deployment=self.deployment,
+            max_drop=self.budget.max_drop,
+            data=self.store.data,
+            memory_limit=self.memory_limit,
+        )
+        self._controls(runner)
+        profile = self._profile(builder)
+        self._search(runner, profile)
+        builder.close()
+        Finish(
+            store=self.store,
+            settings=self.settings,
+            workload=self.workload,
+            state=self.state,
+            runner=runner,
+            progress=self.progress,
+            warn=self._warn,
+        ).walk()
+
+    # ---- the beginning
+
+    def _check_task(self) -> None:
+        splits = {split.name: split for split in self.workload.record.splits}
+        if "search" not in splits or "test" not in splits:
+            raise DataError("Optimizing needs labelled data; pass --data with images and labels.")
+        num_test = splits["test"].num_samples
+        weight = 100.0 / num_test
+        if weight > self.budget.max_drop:
+            raise DataError(
+                f"One of the {num_test:,} test samples weighs {weight:.2g} points, more than the "
+                f"budget of {self.budget.max_drop:g}. Give more test data, or allow a larger "
+                "--max-drop."
+            )
+        self.progress.message(
+            f"{num_test:,} test samples can prove drops down to about "
+            f"{provable_drop(num_test):.2f} points (if 2 % of the predictions change)"
+        )
+
+    def _warn(self, text: str) -> None:
+        if text not in self.state.warnings:
+            self.state.warnings.append(text)
+            self.store.journal.append("warning", text)
+            self.progress.message(f"warning: {text}")
+
+    def _builder(self) -> Builder:
+        builder: Builder = (
+            LocalBuilder(self.workload)
+            if self.is_live
+            else WorkerBuilder(self.store.data, self.memory_limit)
+        )
+        self.stack.callback(builder.close)
+        return builder
+
+    def _baseline(self) -> Baseline:
+        """Open the untouched model, measure it once, refuse a broken one."""
+        self.progress.stage("baseline", "the untouched model in eager PyTorch")
+        predictor = self._open_baseline()
+        path = self.store.data / "baseline_search.npy"
+        if self.state.baseline is None or not path.exists():
+            predicted = predict_original(predictor, self.workload, self.store.data, "search")
+            self._refuse_broken(predicted)
+            np.save(path, predicted)
+            self._measure_baseline(predictor, predicted)
+        predictor.pause()
+        return Baseline(predictor=predictor, search=np.load(path, allow_pickle=False))
+
+    def _open_baseline(self) -> Predictor:
+        try:
+            predictor: Predictor = (
+                LivePredictor(self.workload, self.deployment)
+                if self.is_live
+                else ProbeProcess.eager(self.store.data, self.deployment, self.memory_limit)
+            )
+        except TrialError as error:
+            raise ModelError(f"The untouched model can't be opened: {error}") from None
+        self.stack.callback(predictor.close)
+        return predictor
+
+    def _refuse_broken(self, predicted: np.ndarray) -> None:
+        labels = labels_of(self.workload, "search")
+        right = accuracy_interval(predicted == labels, confidence=0.99)
+        counts = np.bincount(labels)
+        chance = 100.0 * counts.max() / len(labels)
+        if right.low <= chance:
+            shown = ", ".join(
+                f"{int(p)} for {int(y)}" for p, y in zip(predicted[:8], labels[:8], strict=True)
+            )
+            raise DataError(
+                f"The untouched model is right on {right.estimate:.1f} % of {len(labels):,} "
+                f"samples, no better than always answering the commonest class ({chance:.1f} %). "
+                "Check the weights, the preprocessing and the labels' numbering "
+                f"(first answers: {shown})."
+            )
+
+    def _measure_baseline(self, predictor: Predictor, predicted: np.ndarray) -> None:
+        with quiet(self.progress):
+            timing = race({"baseline": predictor}, self.store.data / "calibration", TRIAL)
+        memory = predictor.memory_bytes()
+        measured = timing.timing("baseline")
+        missing = ()
+        if memory is None:
+            missing = (NotMeasured(what="memory", reason="not a process of its own"),)
+        evaluation = Evaluation(
+            artefact="baseline",
+            runtime="torch",
+            scheme="eager fp32",
+            deployment=self.deployment,
+            accuracy=(score("search", predicted, labels_of(self.workload, "search"), None),),
+            timing=measured,
+            speedup=None,
+            throughput_per_s=1e3 * self.deployment.batch_size / measured.median_ms,
+            size_bytes=baseline_size(self.workload.model),
+            weight_bytes=self.workload.record.weight_bytes,
+            memory_bytes=memory,
+            not_measured=missing,
+        )
+        self.state.baseline = evaluation
+        self.store.journal.append("baseline", evaluation)
+        load = load_average()
+        if load is not None and load > 1.5 * self.machine.num_cores:
+            self._warn(f"The machine is busy (load {load:.1f}); intervals will be wide.")
+
+    # ---- the controls, the profile, the search
+
+    def _controls(self, runner: TrialRunner) -> None:
+        """Every runtime's off-the-shelf artefacts: what the user gets without us."""
+        done = {trial.plan.plan_id for trial in self.state.trials}
+        for offer in available(self.machine):
+            if offer.runtime not in self.settings.runtimes:
+                continue
+            if offer.version is None:
+                self._warn(f"{offer.runtime} is {offer.reason}; it often is faster.")
+            for scheme in offer.schemes:
+                plan = Plan(
+                    seed=self.settings.seed,
+                    runtime=offer.runtime,  # pyright: ignore[reportArgumentType]
+                    quantization=Quantization(scheme=scheme),
+                    repair="none",
+                    why="off the shelf",
+                )
+                if plan.plan_id not in done and self._time_for_more():
+                    trial_id = f"c{len(self.state.trials) + 1}"
+                    self._try(runner, trial_id, plan, "control", is_control=True)
+
+    def _time_for_more(self) -> bool:
+        return self.left > self._reserve() or not self.state.trials
+
+    def _reserve(self) -> float:
+        """Seconds kept for the final stage."""
+        baseline = self.state.baseline
+        assert baseline is not None and baseline.timing is not None
+        num_test = self.workload.record.split("test").num_samples
+        per_sample = baseline.timing.median_ms / 1e3 / self.deployment.batch_size
+        return final_seconds(num_test, per_sample, self.budget.time_s)
+
+    def _profile(self, builder: Builder) -> Profile:
+        if self.store.profile.exists() and self.state.profile_path is not None:
+            profile = Profile.read(self.store.profile)
+            check_fits(profile, self.machine, self.deployment)
+            return profile
+        self.progress.stage("profiling", "costs, groups, sensitivity")
+        seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, self.left - self._reserve()))
+        with quiet(self.progress):
+            profile = builder.profile(self.deployment, seconds)
+        builder.pause()
+        write_text(self.store.profile, profile.to_json())
+        self.state.profile_path = self.store.profile.name
+        self.store.journal.append("profile", {"path": self.store.profile.name})
+        return profile
+
+    def _search(self, runner: TrialRunner, profile: Profile) -> None:
+        """Propose, check, try, until time, trials, ideas or progress run out."""
+        if self.state.candidates is not None:
+            return
+        for number, proposal in self._proposals(profile):
+            longest = max((t.seconds for t in self.state.trials), default=0.0)
+            if self.left < self._reserve() + longest:
+                self.progress.message("the rest of the time is kept for the final measurement")
+                break
+            time = proposal.relative_latency
+            timing = self.state.baseline.timing if self.state.baseline else None
+            self._try(
+                runner,
+                f"t{number}",
+                proposal.plan,
+                self.planner.name,
+                predicted_ms=timing.median_ms * time if timing and time else None,
+                predicted_kl=proposal.kl,
+            )
+            if self._stalled():
+                self.progress.message(f"no better plan in {PATIENCE} trials")
+                break
+
+    def _proposals(self, profile: Profile) -> Iterator[tuple[int, Proposal]]:
+        rejected = 0
+        while True:
+            number = sum(1 for trial in self.state.trials if not trial.is_control) + 1
+            if number > self.budget.max_trials:
+                return
+            proposal = self.planner.propose(
+                profile, tuple(self.state.trials), self.budget, self.settings.seed
+            )
+            if proposal is None:
+                return
+            reason = self._reject(proposal.plan, profile)
+            if reason is None:
+                rejected = 0
+                yield number, proposal
+                continue
+            rejected += 1
+            if rejected > MAX_REJECTIONS:
+                self._warn(f"The planner {self.planner.name!r} kept proposing bad plans: {reason}")
+                return
+
+    def _reject(self, plan: Plan, profile: Profile) -> str | None:
+        tried = {trial.plan.plan_id for trial in self.state.trials}
+        reason = check_plan(plan, profile, tried)
+        if reason is None and plan.runtime not in self.settings.runtimes:
+            reason = f"The runtime {plan.runtime!r} is excluded by --runtime."
+        if reason is not None:
+            rejection = Rejection(plan=plan, author=self.planner.name, reason=reason)
+            self.state.rejections.append(rejection)
+            self.store.journal.append("rejection", rejection)
+        return reason
+
+    def _stalled(self) -> bool:
+        ours = [trial for trial in self.state.trials if not trial.is_control]
+        if len(ours) <= PATIENCE:
+            return False
+        best = feasible(self.state.trials, self.budget)
+        return bool(best) and best[0].trial_id not in {t.trial_id for t in ours[-PATIENCE:]}
+
+    def _try(
+        self, runner: TrialRunner, trial_id: str, plan: Plan, author: str, **known: Any
+    ) -> None:
+        self.progress.trial_started(trial_id, f"{plan.runtime} {plan.quantization.scheme}")
+        folder = self.store.trial(trial_id)
+        with quiet(self.progress):
+            trial = runner.run(trial_id, plan, author, folder, **known)
+        self.state.trials.append(trial)
+        self.store.journal.append("trial", trial)
+        relative = relative_latency(trial)
+        self.progress.trial_finished(
+            trial, search_drop(trial), 1.0 / relative if relative else None
+        )
+        self._drop_dominated()
+
+    def _drop_dominated(self) -> None:
+        """Free the disk of artefacts that can't be handed over any more."""
+        wanted = {trial.trial_id for trial in pareto(self.state.trials, self.budget)}
+        wanted |= {trial.trial_id for trial in feasible(self.state.trials, self.budget)[:4]}
+        wanted |= {trial.trial_id for trial in self.state.trials if trial.is_control}
+        for trial in self.state.trials:
+            if trial.trial_id not in wanted:
+                shutil.rmtree(self.store.trial(trial.trial_id), ignore_errors=True)

@@ -1,0 +1,95 @@
+"""Reading the trials so far: which were feasible, how fast, and how far predictions were off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from profiling_agent.records.common import Budget
+from profiling_agent.records.evaluation import Evaluation
+from profiling_agent.records.trial import Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A runtime and one of its schemes."""
+
+    runtime: str
+    scheme: str
+
+
+def search_drop(trial: Trial) -> float | None:
+    """Points lost on the search split, or ``None`` when it was not measured there."""
+    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    return accuracy.drop.estimate if accuracy and accuracy.drop else None
+
+
+def relative_latency(trial: Trial) -> float | None:
+    """Latency over the baseline's, from one interleaved measurement."""
+    evaluation = trial.evaluation
+    if evaluation is None or evaluation.speedup is None:
+        return None
+    return 1.0 / evaluation.speedup.ratio.estimate
+
+
+def objective_value(evaluation: Evaluation, budget: Budget) -> float | None:
+    """What is to be made small; ``None`` when it was not measured.
+
+    ``throughput`` is that of one process at the deployment's batch size, so it ranks artefacts as
+    the latency of a batch does.
+    """
+    match budget.objective:
+        case "latency" | "throughput":
+            return 1.0 / evaluation.speedup.ratio.estimate if evaluation.speedup else None
+        case "size":
+            return None if evaluation.size_bytes is None else float(evaluation.size_bytes)
+        case "memory":
+            return None if evaluation.memory_bytes is None else float(evaluation.memory_bytes)
+
+
+def trial_value(trial: Trial, budget: Budget) -> float | None:
+    return objective_value(trial.evaluation, budget) if trial.evaluation else None
+
+
+def is_feasible(trial: Trial, budget: Budget) -> bool:
+    """Done, and within the budget on the search split by point estimate."""
+    drop = search_drop(trial)
+    return trial.status == "done" and drop is not None and drop <= budget.max_drop + 1e-9
+
+
+def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
+    """Feasible trials whose objective was measured, best first; ties keep their order."""
+    good = [t for t in trials if is_feasible(t, budget) and trial_value(t, budget) is not None]
+    return sorted(good, key=lambda trial: trial_value(trial, budget) or 0.0)
+
+
+def pareto(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
+    """Done trials that no other beats in both objective and drop, best objective first."""
+    points = [
+        (value, drop, trial)
+        for trial in trials
+        if trial.status == "done"
+        and (value := trial_value(trial, budget)) is not None
+        and (drop := search_drop(trial)) is not None
+    ]
+    points.sort(key=lambda point: (point[0], point[1]))
+    front: list[Trial] = []
+    lowest = float("inf")
+    for _value, drop, trial in points:
+        if drop < lowest:
+            front.append(trial)
+            lowest = drop
+    return front
+
+
+def controls(trials: Sequence[Trial]) -> dict[Pair, Trial]:
+    """The measured control of each runtime and scheme."""
+    return {
+        Pair(runtime=t.plan.runtime, scheme=t.plan.quantization.scheme): t
+        for t in trials
+        if t.is_control and t.status == "done"
+    }
+
+
+def pair_of(trial: Trial) -> Pair:
+    return Pair(runtime=trial.plan.runtime, scheme=trial.plan.quantization.scheme)

@@ -1,0 +1,262 @@
+"""The offline planner: an exact knapsack over measured saving and measured divergence.
+
+For one runtime and scheme: choose a width for every group and int8 or float for every layer, so
+that the predicted time is smallest while the divergences add up to no more than an *allowance*.
+That is a multiple-choice knapsack, solved exactly by HiGHS. The allowance, which stands between
+divergence and accuracy, is not known beforehand; the trials find it: it is doubled after a
+feasible trial, and halved (in logarithms) between the best feasible and the least infeasible one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import regex
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from profiling_agent.planning.estimate import (
+    LayerGain,
+    Option,
+    group_options,
+    layer_gains,
+    predict_kl,
+    saving_scale,
+)
+from profiling_agent.planning.history import (
+    Pair,
+    controls,
+    is_feasible,
+    pair_of,
+    relative_latency,
+    search_drop,
+)
+from profiling_agent.planning.planner import Proposal
+from profiling_agent.records.common import Budget
+from profiling_agent.records.plan import Plan, PruningLine, Quantization
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.trial import Trial
+
+KL_PER_POINT = 0.02
+"""First guess of the divergence (nats) that costs one point of accuracy; trials correct it."""
+SEARCH_ENDED = 1.15
+"""The bracket around the allowance is closed when its ends are this close."""
+MAX_STEPS = 12
+"""How often the allowance is moved on in search of a plan that was not tried."""
+
+
+class Solver:
+    """Knapsack planner; see the module's text."""
+
+    name = "solver"
+
+    def propose(
+        self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
+    ) -> Proposal | None:
+        """The most promising untried plan over all runtimes and schemes, or ``None``."""
+        tried = {trial.plan.plan_id for trial in history}
+        best: tuple[float, Proposal] | None = None
+        for pair in _worth_trying(history, budget):
+            proposal = _propose_for(pair, profile, history, budget, seed, tried)
+            if proposal is None:
+                continue
+            value = _promise(proposal, pair, profile, history, budget)
+            if best is None or value < best[0]:
+                best = (value, proposal)
+        return best[1] if best else None
+
+
+def _worth_trying(history: Sequence[Trial], budget: Budget) -> list[Pair]:
+    """Pairs whose control was measured; those that already lost far too much only if int8.
+
+    A float scheme over the budget can't be saved by pruning; an int8 one can keep layers float.
+    """
+    pairs: list[Pair] = []
+    for pair, trial in controls(history).items():
+        hopeless = not is_feasible(trial, budget) and not pair.scheme.startswith("int8")
+        if not hopeless and relative_latency(trial) is not None:
+            pairs.append(pair)
+    return pairs
+
+
+def _promise(
+    proposal: Proposal, pair: Pair, profile: Profile, history: Sequence[Trial], budget: Budget
+) -> float:
+    """The predicted objective: time, or the control's size or memory shrunk by what is pruned."""
+    if budget.objective in ("latency", "throughput"):
+        return proposal.relative_latency or math.inf
+    evaluation = controls(history)[pair].evaluation
+    value = None
+    if evaluation is not None:
+        value = evaluation.size_bytes if budget.objective == "size" else evaluation.memory_bytes
+    if value is None:
+        return math.inf
+    return value * (1.0 - _removed_share(profile, proposal.plan))
+
+
+def _removed_share(profile: Profile, plan: Plan) -> float:
+    from profiling_agent.records.patterns import assign, units_kept
+
+    groups = {group.id: group for group in profile.groups}
+    removed = sum(
+        (groups[i].width - units_kept(groups[i].width, line.ratio)) * groups[i].parameters_per_unit
+        for i, line in assign(plan, tuple(groups)).items()
+    )
+    return removed / max(1, profile.num_parameters)
+
+
+def _propose_for(
+    pair: Pair,
+    profile: Profile,
+    history: Sequence[Trial],
+    budget: Budget,
+    seed: int,
+    tried: set[str],
+) -> Proposal | None:
+    low, high = allowance_bracket(profile, history, budget, pair)
+    allowance = _next_allowance(low, high, budget)
+    for _ in range(MAX_STEPS):
+        if allowance is None:
+            return None
+        proposal = solve(pair, profile, history, budget, seed, allowance)
+        if proposal is not None and proposal.plan.plan_id not in tried:
+            return proposal
+        allowance *= 1.25
+        if high is not None and allowance >= high:
+            return None
+    return None
+
+
+def allowance_bracket(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> tuple[float | None, float | None]:
+    """Divergence known to be affordable and known to be too much, for one runtime and scheme.
+
+    A screened trial, which collapsed, counts as too much; a failed one says nothing.
+    """
+    low: float | None = None
+    high: float | None = None
+    for trial in history:
+        if pair_of(trial) != pair or trial.status == "failed":
+            continue
+        kl = predict_kl(profile, trial.plan)
+        if is_feasible(trial, budget):
+            low = kl if low is None else max(low, kl)
+        elif trial.status == "screened" or search_drop(trial) is not None:
+            high = kl if high is None else min(high, kl)
+    if low is not None and high is not None and high <= low:
+        high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
+    return low, high
+
+
+def _next_allowance(low: float | None, high: float | None, budget: Budget) -> float | None:
+    first = max(budget.max_drop, 0.05) * KL_PER_POINT
+    if high is None:
+        return max(first, 2.0 * low) if low is not None else first
+    if low is None or low == 0.0:
+        return min(first, high / 2.0)
+    return None if high / low < SEARCH_ENDED else math.sqrt(low * high)
+
+
+def solve(
+    pair: Pair,
+    profile: Profile,
+    history: Sequence[Trial],
+    budget: Budget,
+    seed: int,
+    allowance: float,
+) -> Proposal | None:
+    """The fastest plan of a runtime and scheme whose predicted divergence fits the allowance."""
+    base = relative_latency(controls(history)[pair]) or 1.0
+    scale = saving_scale(profile, history, pair) * base
+    options = {group.id: group_options(profile, group) for group in profile.groups}
+    options = {group_id: choices for group_id, choices in options.items() if choices}
+    if budget.objective in ("size", "memory"):
+        options = {i: _by_parameters(profile, i, choices) for i, choices in options.items()}
+    gains = layer_gains(profile, history, pair)
+    chosen = _knapsack(options, gains, scale, allowance)
+    if chosen is None:
+        return None
+    ratios, floats = chosen
+    if not ratios and not floats:
+        return None
+    plan = _plan(pair, ratios, floats, seed, allowance)
+    saved = scale * sum(_option(options[i], ratio).saved for i, ratio in ratios.items())
+    lost = sum(gain.saved for gain in gains if gain.name in floats)
+    return Proposal(
+        plan=plan,
+        relative_latency=max(0.02, base - saved + lost),
+        kl=predict_kl(profile, plan),
+    )
+
+
+def _by_parameters(profile: Profile, group_id: str, options: list[Option]) -> list[Option]:
+    group = profile.group(group_id)
+    unit = group.parameters_per_unit * group.width / max(1, profile.num_parameters)
+    return [Option(ratio=o.ratio, saved=o.ratio * unit, kl=o.kl) for o in options]
+
+
+def _option(options: list[Option], ratio: float) -> Option:
+    return next(option for option in options if option.ratio == ratio)
+
+
+def _knapsack(
+    options: dict[str, list[Option]], gains: list[LayerGain], scale: float, allowance: float
+) -> tuple[dict[str, float], set[str]] | None:
+    """Ratios by group and the layers that stay float; ``None`` if nothing fits."""
+    items = [(group_id, option) for group_id, choices in options.items() for option in choices]
+    saved = np.array([scale * option.saved for _, option in items] + [g.saved for g in gains])
+    kl = np.array([option.kl for _, option in items] + [g.kl for g in gains])
+    if not len(saved):
+        return None
+    rows: list[int] = []
+    for index, choices in enumerate(options.values()):
+        rows += [index] * len(choices)
+    at_most_one = csr_array(
+        (np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(options) or 1, len(saved))
+    )
+    unit = allowance if allowance > 0 else 1.0
+    constraints = [
+        LinearConstraint(at_most_one, -np.inf, 1.0),
+        LinearConstraint((kl / unit)[None, :], -np.inf, allowance / unit),
+    ]
+    # a hair against pruning for nothing; and a hair for int8 where time can't tell
+    worth = saved - 1e-7
+    worth[len(items) :] += 2e-7
+    result = milp(
+        -worth,
+        constraints=constraints,
+        integrality=np.ones(len(saved), dtype=np.int64),
+        bounds=Bounds(0, 1),
+        options={"time_limit": 10.0, "mip_rel_gap": 1e-4},
+    )
+    if result.x is None:
+        return None
+    take = result.x > 0.5
+    ratios = {g: option.ratio for (g, option), t in zip(items, take, strict=False) if t}
+    floats = {g.name for g, t in zip(gains, take[len(items) :], strict=True) if not t}
+    if gains and len(floats) == len(gains):
+        return None  # int8 that quantizes nothing is the float scheme's business
+    return ratios, floats
+
+
+def _plan(
+    pair: Pair, ratios: dict[str, float], floats: set[str], seed: int, allowance: float
+) -> Plan:
+    lines = tuple(
+        PruningLine(match=regex.escape(group_id, special_only=True), ratio=ratio)
+        for group_id, ratio in sorted(ratios.items())
+    )
+    keep = tuple(regex.escape(name, special_only=True) for name in sorted(floats))
+    return Plan(
+        seed=seed,
+        runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
+        pruning=lines,
+        quantization=Quantization(scheme=pair.scheme, keep_float=keep),
+        why=(
+            f"knapsack at a divergence of at most {allowance:.3g} nats: "
+            f"{len(lines)} groups pruned, {len(keep)} layers kept float"
+        ),
+    )

@@ -1,0 +1,122 @@
+"""The whole profile: costs of modules and groups, widths, sensitivity, runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.compression.compress import Compressor
+from profiling_agent.deployment.lowered import plain_linears
+from profiling_agent.deployment.runtimes import available
+from profiling_agent.machine.clock import now
+from profiling_agent.machine.torch_state import threads
+from profiling_agent.profiling.group_costs import describe_group, levels
+from profiling_agent.profiling.latency_tables import measure_widths
+from profiling_agent.profiling.profile import profile_costs
+from profiling_agent.profiling.sensitivity import (
+    Divergence,
+    affordable_images,
+    calibration_inputs,
+    group_sensitivity,
+    layer_sensitivity,
+)
+from profiling_agent.records.common import Deployment, Machine, NotMeasured
+from profiling_agent.records.profile import GroupCost, LayerQuantization, Profile, WidthPoint
+
+Tell = Callable[[str], None]
+WIDTHS_SHARE, LAYERS_SHARE = 0.3, 0.2
+
+
+def profile_workload(
+    workload: Workload,
+    machine: Machine,
+    deployment: Deployment,
+    *,
+    seconds: float = 120.0,
+    compressor: Compressor | None = None,
+    with_widths: bool = True,
+    with_sensitivity: bool = True,
+    tell: Tell = lambda _text: None,
+) -> Profile:
+    """Everything a planner may know, in about ``seconds`` (costs are always measured in full).
+
+    What the time did not reach is listed in ``not_measured``. The model is left as it was. Without
+    real data sensitivity means nothing; leave it out then.
+    """
+    start = now()
+    compressor = compressor or Compressor(workload)
+    tell("costs of every module")
+    profile = profile_costs(workload, machine, deployment)
+    modules = {module.name: module for module in profile.modules}
+    tell("prunable groups")
+    discovery = compressor.discovery
+    costs = [describe_group(workload.model, group, modules) for group in discovery.groups]
+    missing = list(profile.not_measured)
+    layers: list[LayerQuantization] = []
+    with threads(deployment.threads):
+        if with_widths:
+            tell("latency against width")
+            tables = measure_widths(
+                workload.model,
+                workload.example(deployment.batch_size),
+                discovery.groups,
+                costs,
+                deadline=now() + WIDTHS_SHARE * seconds,
+            )
+            costs = _with_tables(costs, tables, missing)
+        if with_sensitivity:
+            tell("sensitivity")
+            costs, layers = _sensitivities(compressor, deployment, costs, missing, start + seconds)
+    return profile.model_copy(
+        update={
+            "groups": tuple(costs),
+            "frozen": discovery.frozen,
+            "layers": tuple(layers),
+            "runtimes": available(machine),
+            "not_measured": tuple(missing),
+            "seconds_spent": now() - start,
+        }
+    )
+
+
+def _with_tables(
+    costs: list[GroupCost],
+    tables: Mapping[str, tuple[WidthPoint, ...]],
+    missing: list[NotMeasured],
+) -> list[GroupCost]:
+    for name in sorted({cost.shape_class for cost in costs} - set(tables)):
+        missing.append(NotMeasured(what=f"widths of {name}", reason="the profiling time ran out"))
+    return [cost.model_copy(update={"widths": tables.get(cost.shape_class, ())}) for cost in costs]
+
+
+def _sensitivities(
+    compressor: Compressor,
+    deployment: Deployment,
+    costs: list[GroupCost],
+    missing: list[NotMeasured],
+    deadline: float,
+) -> tuple[list[GroupCost], list[LayerQuantization]]:
+    model = compressor.model
+    linears = [name for name in plain_linears(model) if model.get_submodule(name) is not None]
+    _ = compressor.moments if costs else None  # gathered before the clock is asked
+    num_evaluations = sum(len(levels(cost)) for cost in costs) + len(linears)
+    left = max(1.0, deadline - now())
+    images = affordable_images(compressor, num_evaluations, left)
+    divergence = Divergence(model, calibration_inputs(compressor, images))
+    layers: list[LayerQuantization] = []
+    example = compressor.workload.example(deployment.batch_size)
+    for name in linears:
+        if now() > deadline - (1 - LAYERS_SHARE) * left:
+            missing.append(NotMeasured(what=f"int8 of {name}", reason="profiling time ran out"))
+        else:
+            layers.append(layer_sensitivity(model, example, name, divergence))
+    measured: dict[str, GroupCost] = {}
+    for cost in sorted(costs, key=lambda c: -c.macs_per_unit * c.width):
+        if now() > deadline:
+            reason = "the profiling time ran out; this group will not be pruned"
+            missing.append(NotMeasured(what=f"sensitivity of {cost.id}", reason=reason))
+            measured[cost.id] = cost
+            continue
+        points = group_sensitivity(compressor, divergence, cost)
+        measured[cost.id] = cost.model_copy(update={"sensitivity": points})
+    return [measured[cost.id] for cost in costs], layers

@@ -1,0 +1,87 @@
+"""What was measured on a reloaded artefact."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from profiling_agent.records.base import Record
+from profiling_agent.records.common import Deployment, Interval, NotMeasured, Timing
+from profiling_agent.records.workload import SplitName
+
+
+class Accuracy(Record):
+    """The metric on one split, at the deployment's batch size and threads.
+
+    ``drop`` is the paired difference baseline minus artefact on the same samples, in points, and
+    its interval; positive is a loss. ``upper_bound`` is its one-sided 95 % bound.
+    """
+
+    split: SplitName
+    num_samples: int
+    value: float = Field(description="percent of samples right")
+    drop: Interval | None
+    upper_bound: float | None
+    agreement: float | None = Field(description="share of predictions equal to the baseline's")
+
+
+class Speedup(Record):
+    """Ratio of two latencies from one interleaved measurement; above 1 is faster."""
+
+    over: str = Field(description="what it is compared with: baseline, or a trial id")
+    ratio: Interval
+
+
+class Evaluation(Record):
+    """Costs and accuracy of one artefact, as reloaded from disk in its own process."""
+
+    schema_version: Literal[1] = 1
+    artefact: str = Field(description="trial id, or baseline")
+    runtime: str
+    scheme: str
+    deployment: Deployment
+    accuracy: tuple[Accuracy, ...]
+    timing: Timing | None
+    speedup: Speedup | None
+    throughput_per_s: float | None = Field(description="samples a second at that batch size")
+    size_bytes: int | None = Field(description="bytes of the model files")
+    weight_bytes: int | None
+    memory_bytes: int | None = Field(
+        description="peak resident memory less that of an empty process with the runtime loaded"
+    )
+    not_measured: tuple[NotMeasured, ...] = ()
+
+    def on(self, split: SplitName) -> Accuracy | None:
+        return next((a for a in self.accuracy if a.split == split), None)
+
+
+class Achieved(Record):
+    """What was really done to the model, counted on the result and never echoed from the plan."""
+
+    num_parameters: int
+    original_parameters: int
+    macs: int | None
+    original_macs: int | None
+    kept: dict[str, tuple[int, ...]] = Field(description="group id to the indices of kept units")
+    widths: dict[str, tuple[int, int]] = Field(description="group id to (before, after)")
+    num_int8_layers: int
+    float_layers: tuple[str, ...] = ()
+    undone: tuple[NotMeasured, ...] = Field(default=(), description="groups undone, with reasons")
+
+
+class BuiltArtefact(Record):
+    """The manifest's core: what lies in an artefact folder."""
+
+    schema_version: Literal[1] = 1
+    runtime: str
+    scheme: str
+    model_files: tuple[str, ...] = Field(description="relative names; their bytes are the size")
+    size_bytes: int
+    weight_bytes: int
+    achieved: Achieved
+    parity: float | None = Field(
+        description="largest absolute difference of logits to the module lowered, None if inexact"
+    )
+    seconds: float
+    kind: Literal["artefact", "eager"] = "artefact"

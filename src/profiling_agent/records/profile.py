@@ -1,0 +1,137 @@
+"""The profile: static and measured costs per module and per prunable group, and sensitivity."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from profiling_agent.records.base import Record
+from profiling_agent.records.common import Deployment, Machine, NotMeasured
+from profiling_agent.records.workload import WorkloadRecord
+
+GroupKind = Literal["channels", "mlp", "heads"]
+
+
+class Spread(Record):
+    """A time in milliseconds per forward: median and the quartiles around it."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    num_passes: int
+
+
+class ModuleCost(Record):
+    """What one module costs in one forward at the deployment's batch size.
+
+    ``macs`` counts multiply-accumulates of the module and, for a container, of all inside it;
+    ``self_macs`` only what it computes itself (functional attention, say). Times are eager fp32.
+    """
+
+    name: str = Field(description="dotted name; empty for the whole model")
+    type: str
+    num_calls: int
+    macs: int
+    self_macs: int
+    num_parameters: int
+    weight_bytes: int
+    output_bytes: int
+    total: Spread | None = Field(description="time of the module with everything inside it")
+    self_time: Spread | None = Field(description="time not spent in child modules")
+    share: float | None = Field(description="self time over the whole forward, 0 to 1")
+    peak_activation_bytes: int | None = Field(
+        description="highest live activation memory while it runs"
+    )
+
+
+class WidthPoint(Record):
+    """Whole-model milliseconds saved when one group of this shape has ``width`` units left."""
+
+    width: int
+    saved_ms: float
+    low_ms: float
+    high_ms: float
+
+
+class SensitivityPoint(Record):
+    """Mean divergence KL(original || pruned) of the output distributions, after repair."""
+
+    ratio: float
+    kl: float
+    kl_error: float = Field(description="standard error over the images")
+    disagreement: float = Field(description="share of images whose top class changed, 0 to 1")
+    num_images: int
+
+
+class GroupCost(Record):
+    """Coupled layers that are pruned together, as one unit of decision.
+
+    ``macs_per_unit`` and ``parameters_per_unit`` are what one unit costs across the whole group.
+    """
+
+    id: str = Field(description="kind and root, such as heads:blocks.9.attn.qkv")
+    kind: GroupKind
+    root: str
+    width: int = Field(description="number of units (channels, neurons or heads)")
+    members: tuple[str, ...]
+    macs_per_unit: int
+    parameters_per_unit: int
+    self_ms: float | None = Field(description="measured self time of the member layers, eager fp32")
+    shape_class: str = Field(description="groups of one class cost the same and share a table")
+    widths: tuple[WidthPoint, ...] = ()
+    sensitivity: tuple[SensitivityPoint, ...] = ()
+
+
+class FrozenGroup(Record):
+    """Layers that can't be pruned, with the reason."""
+
+    id: str
+    reason: str
+
+
+class LayerQuantization(Record):
+    """What dynamic int8 does to one layer alone."""
+
+    name: str
+    kl: float
+    kl_error: float
+    float_ms: float | None
+    int8_ms: float | None
+
+
+class RuntimeSchemes(Record):
+    """The schemes a runtime offers on this processor, and its version."""
+
+    runtime: str
+    version: str | None
+    schemes: tuple[str, ...]
+    reason: str = Field(default="", description="why there is none")
+
+
+class Profile(Record):
+    """Everything a planner may know before the first trial."""
+
+    schema_version: Literal[1] = 1
+    workload: WorkloadRecord
+    machine: Machine
+    deployment: Deployment
+    total: Spread | None
+    sum_of_parts_ms: float | None = Field(description="sum of all self times; compare with total")
+    total_macs: int
+    num_parameters: int
+    peak_activation_bytes: int | None
+    modules: tuple[ModuleCost, ...]
+    groups: tuple[GroupCost, ...] = ()
+    frozen: tuple[FrozenGroup, ...] = ()
+    layers: tuple[LayerQuantization, ...] = ()
+    runtimes: tuple[RuntimeSchemes, ...] = ()
+    unsupported_operators: tuple[str, ...] = ()
+    not_measured: tuple[NotMeasured, ...] = ()
+    seconds_spent: float = 0.0
+
+    def group(self, group_id: str) -> GroupCost:
+        return next(group for group in self.groups if group.id == group_id)
+
+    def schemes(self, runtime: str) -> tuple[str, ...]:
+        return next((r.schemes for r in self.runtimes if r.runtime == runtime), ())

@@ -1,0 +1,310 @@
+"""From a run's record to the rows that the terminal and the page both show.
+
+Pure functions. Nothing is computed here that was not measured: a cell without a measurement stays
+``None`` and its reason becomes a footnote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from profiling_agent.records.common import Interval, Timing
+from profiling_agent.records.evaluation import Accuracy, Evaluation
+from profiling_agent.records.trial import RunRecord, Trial, Verdict
+from profiling_agent.report.wording import (
+    as_range,
+    as_ratio,
+    describe_plan,
+    in_points,
+    printable,
+)
+
+BASELINE: Final = "baseline"
+
+Role = Literal["original", "control", "ours"]
+
+# A cell, and the words by which the reason for its absence is recognised among those recorded.
+_CELLS: Final[dict[str, tuple[str, ...]]] = {
+    "latency": ("latency", "timing"),
+    "speed-up": ("speed", "latency", "timing"),
+    "accuracy": ("accuracy", "metric", "label"),
+    "drop": ("drop", "accuracy", "metric", "label"),
+    "size": ("size", "file", "bytes"),
+    "memory": ("memory", "resident"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadlineRow:
+    """One artefact in the headline table; ``None`` is not measured, never zero."""
+
+    role: Role
+    name: str
+    how: str
+    trial_id: str | None
+    is_best_control: bool = False
+    is_handed_over: bool = False
+    failure: str = ""
+    timing: Timing | None
+    speedup: Interval | None
+    accuracy: Accuracy | None
+    size_bytes: int | None
+    size_ratio: float | None
+    memory_bytes: int | None
+    memory_ratio: float | None
+    footnotes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """One trial in the table of all trials; accuracy on the search split when it was measured."""
+
+    trial_id: str
+    author: str
+    status: str
+    plan: str
+    predicted_ms: float | None
+    measured_ms: float | None
+    speedup: Interval | None
+    accuracy: Accuracy | None
+    size_bytes: int | None
+    is_pareto: bool
+    is_handed_over: bool
+    reason: str
+    why: str
+
+
+def headline(record: RunRecord) -> tuple[HeadlineRow, ...]:
+    """The original, every control, and the artefact handed over when it is none of these."""
+    handed_over = record.verdict.trial_id if record.verdict else None
+    rows = [_original_row(record)]
+    rows += [_trial_row(record, trial) for trial in record.trials if trial.is_control]
+    rows += [
+        _trial_row(record, trial)
+        for trial in record.trials
+        if trial.trial_id == handed_over and not trial.is_control
+    ]
+    return tuple(rows)
+
+
+def trial_rows(record: RunRecord) -> tuple[TrialRow, ...]:
+    """All trials in the order they were carried out."""
+    handed_over = record.verdict.trial_id if record.verdict else None
+    return tuple(_listed_row(record, trial, handed_over) for trial in record.trials)
+
+
+def common_split(rows: tuple[HeadlineRow, ...]) -> str | None:
+    """``test, 5000 samples`` when every measured row saw the same samples; else ``None``."""
+    seen = {(row.accuracy.split, row.accuracy.num_samples) for row in rows if row.accuracy}
+    if len(seen) != 1:
+        return None
+    split, num_samples = seen.pop()
+    return f"{split}, {num_samples} samples"
+
+
+def gain_in_words(verdict: Verdict) -> str:
+    """The gain over the original and over the best control, each with its interval."""
+    parts: list[str] = []
+    for ratio, over in (
+        (verdict.speedup, "the original"),
+        (verdict.speedup_over_control, "the best off-the-shelf control"),
+    ):
+        if ratio is not None:
+            parts.append(f"{as_ratio(ratio.estimate)} {as_range(ratio)} the speed of {over}")
+    return ", ".join(parts)
+
+
+def loss_in_words(verdict: Verdict, unit: str) -> str:
+    """The drop with its interval and its one-sided bound; empty when there is none."""
+    if verdict.drop is None:
+        return ""
+    words = f"drop {in_points(verdict.drop.estimate)} {as_range(verdict.drop)} {printable(unit)}"
+    if verdict.drop_upper_bound is not None:
+        words += f", one-sided 95 % bound {in_points(verdict.drop_upper_bound)}"
+    return words
+
+
+def evidence_in_words(verdict: Verdict) -> str:
+    """What kind of evidence there is and what would make it proof."""
+    if verdict.evidence == "proven":
+        return "proven: the one-sided 95 % bound of the drop is within the budget"
+    if verdict.evidence == "measured":
+        words = "measured: the estimated drop is within the budget, its bound does not prove it"
+        if verdict.samples_to_prove is not None:
+            words += f"; about {verdict.samples_to_prove} test samples would prove it"
+        return words
+    return ""
+
+
+def not_measured(record: RunRecord) -> tuple[str, ...]:
+    """Every gap of the run with its reason, in the order of the trials."""
+    gaps = list(_gaps("original", _baseline(record)))
+    for trial in record.trials:
+        evaluation = _evaluation(record, trial)
+        if evaluation is not None:
+            gaps += _gaps(trial.trial_id, evaluation)
+        if trial.achieved is not None:
+            gaps += [
+                f"{trial.trial_id}, {printable(gap.what)} undone: {printable(gap.reason, 400)}"
+                for gap in trial.achieved.undone
+            ]
+    return tuple(dict.fromkeys(gaps))
+
+
+def _original_row(record: RunRecord) -> HeadlineRow:
+    evaluation = _baseline(record)
+    final = _final(record, BASELINE)
+    timing = (final.timing if final else None) or record.baseline_timing or evaluation.timing
+    row = HeadlineRow(
+        role="original",
+        name="original",
+        how=_original_how(evaluation),
+        trial_id=None,
+        is_handed_over=record.verdict is not None and record.verdict.trial_id is None,
+        timing=timing,
+        speedup=None,
+        accuracy=_shown_accuracy(evaluation),
+        size_bytes=evaluation.size_bytes,
+        size_ratio=None,
+        memory_bytes=evaluation.memory_bytes,
+        memory_ratio=None,
+    )
+    return _with_footnotes(row, evaluation, expected=("latency", "accuracy", "size", "memory"))
+
+
+def _trial_row(record: RunRecord, trial: Trial) -> HeadlineRow:
+    verdict = record.verdict
+    evaluation = _evaluation(record, trial)
+    baseline = _baseline(record)
+    handed_over = verdict is not None and verdict.trial_id == trial.trial_id
+    trial_id = printable(trial.trial_id)
+    row = HeadlineRow(
+        role="control" if trial.is_control else "ours",
+        name=printable(trial.label) if trial.is_control else "ours",
+        how=f"control, {trial_id}" if trial.is_control else f"{printable(trial.label)}, {trial_id}",
+        trial_id=trial.trial_id,
+        is_best_control=verdict is not None and verdict.best_control_id == trial.trial_id,
+        is_handed_over=handed_over,
+        failure="" if trial.status == "done" else f"{trial.status}: {printable(trial.reason, 400)}",
+        timing=evaluation.timing if evaluation else None,
+        speedup=_speedup(evaluation, verdict if handed_over else None),
+        accuracy=_shown_accuracy(evaluation),
+        size_bytes=evaluation.size_bytes if evaluation else None,
+        size_ratio=_ratio(evaluation.size_bytes, baseline.size_bytes) if evaluation else None,
+        memory_bytes=evaluation.memory_bytes if evaluation else None,
+        memory_ratio=_ratio(evaluation.memory_bytes, baseline.memory_bytes) if evaluation else None,
+    )
+    return _with_footnotes(row, evaluation, expected=tuple(_CELLS))
+
+
+def _original_how(evaluation: Evaluation) -> str:
+    """The untouched module runs eagerly in torch; any other runtime executes a file."""
+    eager = " eager" if evaluation.runtime == "torch" else ""
+    return f"{printable(evaluation.runtime)}{eager} {printable(evaluation.scheme)}"
+
+
+def _listed_row(record: RunRecord, trial: Trial, handed_over: str | None) -> TrialRow:
+    evaluation = trial.evaluation
+    return TrialRow(
+        trial_id=printable(trial.trial_id),
+        author=printable(trial.author),
+        status=trial.status,
+        plan=describe_plan(trial.plan),
+        predicted_ms=trial.predicted_ms,
+        measured_ms=evaluation.timing.median_ms if evaluation and evaluation.timing else None,
+        speedup=_speedup(evaluation, None),
+        accuracy=searched_accuracy(evaluation),
+        size_bytes=evaluation.size_bytes if evaluation else None,
+        is_pareto=trial.trial_id in record.pareto,
+        is_handed_over=trial.trial_id == handed_over,
+        reason=printable(trial.reason, 400),
+        why=printable(trial.plan.why, 400),
+    )
+
+
+def searched_accuracy(evaluation: Evaluation | None) -> Accuracy | None:
+    """On the search split, which the loop decides by; on test when that is all there is."""
+    return (evaluation.on("search") or evaluation.on("test")) if evaluation else None
+
+
+def _shown_accuracy(evaluation: Evaluation | None) -> Accuracy | None:
+    return (evaluation.on("test") or evaluation.on("search")) if evaluation else None
+
+
+def _speedup(evaluation: Evaluation | None, verdict: Verdict | None) -> Interval | None:
+    """Over the original, from interleaved blocks; the final stage's where there is one."""
+    if verdict is not None and verdict.speedup is not None:
+        return verdict.speedup
+    if evaluation is None or evaluation.speedup is None or evaluation.speedup.over != BASELINE:
+        return None
+    return evaluation.speedup.ratio
+
+
+def _ratio(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _baseline(record: RunRecord) -> Evaluation:
+    return _merged(_final(record, BASELINE), record.baseline) or record.baseline
+
+
+def _evaluation(record: RunRecord, trial: Trial) -> Evaluation | None:
+    return _merged(_final(record, trial.trial_id), trial.evaluation)
+
+
+def _final(record: RunRecord, artefact: str) -> Evaluation | None:
+    return next((e for e in reversed(record.final) if e.artefact == artefact), None)
+
+
+def _merged(final: Evaluation | None, first: Evaluation | None) -> Evaluation | None:
+    """The final stage's measurements; what it did not take again comes from the search."""
+    if final is None or first is None:
+        return final or first
+    splits = {accuracy.split for accuracy in final.accuracy}
+    again = {
+        "accuracy": final.accuracy + tuple(a for a in first.accuracy if a.split not in splits),
+        "timing": final.timing or first.timing,
+        "speedup": final.speedup or first.speedup,
+        "throughput_per_s": final.throughput_per_s or first.throughput_per_s,
+        "size_bytes": first.size_bytes if final.size_bytes is None else final.size_bytes,
+        "weight_bytes": first.weight_bytes if final.weight_bytes is None else final.weight_bytes,
+        "memory_bytes": first.memory_bytes if final.memory_bytes is None else final.memory_bytes,
+        "not_measured": tuple(dict.fromkeys(final.not_measured + first.not_measured)),
+    }
+    return final.model_copy(update=again)
+
+
+def _with_footnotes(
+    row: HeadlineRow, evaluation: Evaluation | None, expected: tuple[str, ...]
+) -> HeadlineRow:
+    if row.failure:
+        notes = [row.failure]
+    else:
+        notes = [_reason(cell, evaluation) for cell in _empty_cells(row) if cell in expected]
+    return replace(row, footnotes=tuple(dict.fromkeys(notes)))
+
+
+def _empty_cells(row: HeadlineRow) -> Iterator[str]:
+    values: dict[str, object] = {
+        "latency": row.timing,
+        "speed-up": row.speedup,
+        "accuracy": row.accuracy,
+        "drop": row.accuracy.drop if row.accuracy else None,
+        "size": row.size_bytes,
+        "memory": row.memory_bytes,
+    }
+    return (cell for cell, value in values.items() if value is None)
+
+
+def _reason(cell: str, evaluation: Evaluation | None) -> str:
+    for gap in evaluation.not_measured if evaluation else ():
+        if any(word in gap.what.lower() for word in _CELLS[cell]):
+            return f"{printable(gap.what)}: {printable(gap.reason, 400)}"
+    return f"{cell}: not measured, and no reason was recorded"
+
+
+def _gaps(name: str, evaluation: Evaluation) -> Iterator[str]:
+    for gap in evaluation.not_measured:
+        yield f"{printable(name)}, {printable(gap.what)}: {printable(gap.reason, 400)}"

@@ -1,0 +1,127 @@
+"""What a run's journal says, read back: the state to continue from and the record to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from profiling_agent.errors import StorageError
+from profiling_agent.machine.processor import describe_machine
+from profiling_agent.planning.history import pareto
+from profiling_agent.records.common import Machine
+from profiling_agent.records.evaluation import Evaluation
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.store import RunStore, write_text
+from profiling_agent.records.trial import (
+    Candidate,
+    Rejection,
+    RunRecord,
+    RunSettings,
+    Trial,
+    Verdict,
+)
+from profiling_agent.records.workload import WorkloadRecord
+from profiling_agent.report.html import render_html
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """What the journal says so far."""
+
+    settings: RunSettings | None = None
+    workload: WorkloadRecord | None = None
+    machine: Machine | None = None
+    baseline: Evaluation | None = None
+    profile_path: str | None = None
+    trials: list[Trial] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    candidates: list[Candidate] | None = None
+    final_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    verdict: Verdict | None = None
+    artefact: str | None = None
+
+
+def resume(store: RunStore, settings: RunSettings, workload: WorkloadRecord) -> RunState:
+    """The state that the journal holds; a new journal begins with settings, data and machine.
+
+    ``StorageError`` when the folder holds a run with others.
+    """
+    state = read_state(store)
+    if state.settings is None:
+        state.settings, state.workload, state.machine = settings, workload, describe_machine()
+        store.journal.append("settings", settings)
+        store.journal.append("workload", workload)
+        store.journal.append("machine", state.machine)
+    elif state.settings != settings or state.workload not in (None, workload):
+        raise StorageError(
+            f"{str(store.folder)!r} holds a run with other settings or data. Pass another --out, "
+            "or --restart to throw that run away."
+        )
+    return state
+
+
+def read_state(store: RunStore) -> RunState:
+    """Everything a journal says; events of an unknown kind are passed over."""
+    state = RunState()
+
+    def finals(data: Any) -> None:
+        state.final_facts[data["evaluation"]["artefact"]] = data
+
+    def verdict(data: Any) -> None:
+        state.verdict = Verdict.model_validate(data["verdict"])
+        state.artefact = data["artefact"]
+
+    readers: dict[str, Callable[[Any], None]] = {
+        "settings": lambda d: setattr(state, "settings", RunSettings.model_validate(d)),
+        "workload": lambda d: setattr(state, "workload", WorkloadRecord.model_validate(d)),
+        "machine": lambda d: setattr(state, "machine", Machine.model_validate(d)),
+        "baseline": lambda d: setattr(state, "baseline", Evaluation.model_validate(d)),
+        "profile": lambda d: setattr(state, "profile_path", d["path"]),
+        "candidates": lambda d: setattr(
+            state, "candidates", [Candidate.model_validate(item) for item in d]
+        ),
+        "trial": lambda d: state.trials.append(Trial.model_validate(d)),
+        "rejection": lambda d: state.rejections.append(Rejection.model_validate(d)),
+        "warning": lambda d: state.warnings.append(str(d)),
+        "final": finals,
+        "verdict": verdict,
+    }
+    for kind, data in store.journal.events():
+        if kind in readers:
+            readers[kind](data)
+    return state
+
+
+def draw_record(store: RunStore, state: RunState) -> RunRecord:
+    """The run's record, from its journal alone."""
+    assert state.settings is not None and state.baseline is not None
+    assert state.workload is not None and state.machine is not None
+    return RunRecord(
+        package_version=metadata.version("profiling-agent"),
+        machine=state.machine,
+        settings=state.settings,
+        workload=state.workload,
+        baseline=state.baseline,
+        baseline_timing=state.baseline.timing,
+        trials=tuple(state.trials),
+        rejections=tuple(state.rejections),
+        candidates=tuple(state.candidates or ()),
+        pareto=tuple(t.trial_id for t in pareto(state.trials, state.settings.budget)),
+        final=tuple(
+            Evaluation.model_validate(facts["evaluation"]) for facts in state.final_facts.values()
+        ),
+        verdict=state.verdict,
+        artefact=state.artefact,
+        seconds=store.journal.spent(),
+        warnings=tuple(state.warnings),
+    )
+
+
+def save_record(store: RunStore, record: RunRecord) -> None:
+    """Write ``run.json`` and ``report.html``."""
+    write_text(store.run_record, record.to_json())
+    profile = Profile.read(store.profile) if store.profile.exists() else None
+    write_text(store.report, render_html(record, profile))

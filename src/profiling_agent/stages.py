@@ -1,0 +1,194 @@
+"""The stages one by one: each reads records and writes records, so a person can stand between.
+
+profile -> profile.json;  plan -> plan.json;  apply -> an artefact;  evaluate -> evaluation.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.deployment.artefact import read_manifest
+from profiling_agent.errors import ArtefactError, DataError, PlanError
+from profiling_agent.evaluation.measure import FINAL, outcomes, race, score
+from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
+from profiling_agent.machine.processor import describe_machine
+from profiling_agent.planning.check import check_plan, demand_plan
+from profiling_agent.planning.fits import check_fits
+from profiling_agent.planning.planner import Proposal, find_planner
+from profiling_agent.profiling.whole import profile_workload
+from profiling_agent.records.common import Budget, Deployment
+from profiling_agent.records.evaluation import BuiltArtefact, Evaluation
+from profiling_agent.records.plan import Plan
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.store import RunStore
+from profiling_agent.records.trial import RunRecord, Trial
+from profiling_agent.run_state import draw_record, read_state
+from profiling_agent.trial import LocalBuilder, evaluation_of
+
+
+@contextlib.contextmanager
+def workload_of(
+    model: str | nn.Module,
+    data: object | None,
+    weights: str | None = None,
+    test_data: object | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[Workload, Path]]:
+    """A workload for the length of a block, its arrays in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="profiling-agent-") as name:
+        folder = Path(name) / "data"
+        yield (
+            acquire(model, data, weights=weights, test_data=test_data, folder=folder, seed=seed),
+            folder,
+        )
+
+
+def profile(
+    model: str | nn.Module,
+    data: object | None = None,
+    *,
+    weights: str | None = None,
+    deployment: Deployment | None = None,
+    seconds: float = 120.0,
+    seed: int = 0,
+) -> Profile:
+    """Measure a model: costs by module and group, latency against width, sensitivity.
+
+    Without data the inputs are random and sensitivity means nothing, so it is left out.
+    """
+    deployment = deployment or Deployment()
+    with workload_of(model, data, weights, seed=seed) as (workload, _folder):
+        has_data = workload.record.source.data is not None or data is not None
+        return profile_workload(
+            workload, describe_machine(), deployment, seconds=seconds, with_sensitivity=has_data
+        )
+
+
+def propose(
+    known: Profile,
+    *,
+    planner: str = "solver",
+    budget: Budget,
+    deployment: Deployment,
+    history: tuple[Trial, ...] = (),
+    seed: int = 0,
+) -> Proposal:
+    """The planner's next plan; ``PlanError`` when the profile doesn't fit or it has none.
+
+    Without a history there are no controls to start from; then every scheme counts as fast as the
+    original, and the plan is a first guess.
+    """
+    check_fits(known, describe_machine(), deployment)
+    proposal = find_planner(planner).propose(known, history, budget, seed)
+    if proposal is None:
+        raise PlanError(
+            f"The planner {planner!r} has no plan left: it knows no feasible start or has tried "
+            "everything. Pass --run with a run folder, or another --planner."
+        )
+    tried = {trial.plan.plan_id for trial in history}
+    reason = check_plan(proposal.plan, known, tried)
+    if reason is not None:
+        raise PlanError(f"The planner {planner!r} proposed a plan that can't be used: {reason}")
+    return proposal
+
+
+def apply(
+    model: str | nn.Module,
+    data: object | None,
+    plan: Plan,
+    out: Path,
+    *,
+    weights: str | None = None,
+    deployment: Deployment | None = None,
+    seed: int = 0,
+) -> BuiltArtefact:
+    """Carry a plan out and leave the artefact in ``out``.
+
+    Raises ``PlanError`` with the reason when the plan doesn't fit the model, before anything is
+    touched; ``TrialError`` when it can't be carried out.
+    """
+    deployment = deployment or Deployment()
+    with workload_of(model, data, weights, seed=seed) as (workload, _folder):
+        known = profile_workload(
+            workload, describe_machine(), deployment, with_sensitivity=False, with_widths=False
+        )
+        demand_plan(plan, known)
+        return LocalBuilder(workload).build(plan, out, deployment)
+
+
+def evaluate(
+    artefact: Path,
+    model: str | nn.Module,
+    data: object | None,
+    *,
+    weights: str | None = None,
+    test_data: object | None = None,
+    deployment: Deployment | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure an artefact beside the original on the test split; same protocol as the loop's."""
+    built = BuiltArtefact.model_validate(read_manifest(artefact)["built"])
+    deployment = deployment or Deployment()
+    with workload_of(model, data, weights, test_data, seed) as (workload, folder):
+        if "test" not in workload.splits:
+            raise DataError("Evaluating needs labelled data; pass --data with images and labels.")
+        _check_same_inputs(artefact, workload)
+        labels = workload.splits["test"].labels
+        assert labels is not None
+        classes = workload.record.task.num_classes
+        with contextlib.ExitStack() as stack:
+            original = _open_original(stack, model, workload, folder, deployment)
+            mine = stack.enter_context(
+                contextlib.closing(ProbeProcess.artefact(artefact, built.runtime, deployment))
+            )
+            before = outcomes(original.logits(folder / "test"), classes)
+            original.pause()
+            after = outcomes(mine.logits(folder / "test"), classes)
+            accuracy = score("test", after, labels, before)
+            times = race({"baseline": original, "artefact": mine}, folder / "calibration", FINAL)
+            return evaluation_of("artefact", built, deployment, (accuracy,), times, mine)
+
+
+def _open_original(
+    stack: contextlib.ExitStack,
+    model: str | nn.Module,
+    workload: Workload,
+    folder: Path,
+    deployment: Deployment,
+) -> Predictor:
+    predictor: Predictor = (
+        ProbeProcess.eager(folder, deployment)
+        if isinstance(model, str)
+        else LivePredictor(workload, deployment)
+    )
+    stack.callback(predictor.close)
+    return predictor
+
+
+def _check_same_inputs(artefact: Path, workload: Workload) -> None:
+    theirs = [(entry["name"], tuple(entry["shape"])) for entry in read_manifest(artefact)["inputs"]]
+    ours = [(spec.name, spec.shape) for spec in workload.record.inputs]
+    if theirs != ours:
+        raise ArtefactError(
+            f"The artefact takes inputs {theirs!r} and these data give {ours!r}. Pass the data it "
+            "was made with."
+        )
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a run, from its folder alone; ``PlanError`` when there is none."""
+    store = RunStore(folder)
+    state = read_state(store)
+    if state.settings is None or state.baseline is None or state.workload is None:
+        raise PlanError(
+            f"{str(folder)!r} holds no run that got as far as its baseline. Pass the folder that "
+            "'profiling-agent optimize --out' named."
+        )
+    return draw_record(store, state)

@@ -1,0 +1,357 @@
+"""One plan carried out and measured: compress, lower, reload, evaluate.
+
+Building happens in a warm worker, ``python -m profiling_agent.trial``, so that a crash, a hang or
+an empty memory is a FAILED trial with its reason; measuring happens in the artefact's own process
+(``evaluation/probe.py``). A live module without an importable factory is built in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from profiling_agent.acquisition.acquire import reopen
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.compression.compress import Compressor
+from profiling_agent.deployment.artefact import build_artefact
+from profiling_agent.errors import ProfilingAgentError
+from profiling_agent.evaluation.measure import (
+    TRIAL,
+    Race,
+    outcomes,
+    race,
+    score,
+)
+from profiling_agent.evaluation.measure import (
+    Protocol as TimingProtocol,
+)
+from profiling_agent.evaluation.predictor import Predictor, ProbeProcess
+from profiling_agent.evaluation.screening import SCREEN_SAMPLES, collapsed
+from profiling_agent.machine.child import Child, die_with_parent
+from profiling_agent.machine.clock import now
+from profiling_agent.machine.processor import describe_machine
+from profiling_agent.machine.torch_state import seed_everything, threads
+from profiling_agent.profiling.static import count
+from profiling_agent.profiling.whole import profile_workload
+from profiling_agent.records.common import Deployment, NotMeasured
+from profiling_agent.records.evaluation import (
+    Accuracy,
+    BuiltArtefact,
+    Evaluation,
+    Speedup,
+)
+from profiling_agent.records.plan import Plan
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.trial import Trial
+
+BUILD_TIMEOUT_S = 1800.0
+
+
+class Builder(Protocol):
+    """Profiles the workload and turns plans into artefact folders."""
+
+    isolation: Any
+
+    def profile(self, deployment: Deployment, seconds: float) -> Profile: ...
+    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> BuiltArtefact: ...
+    def pause(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class LocalBuilder:
+    """Builds in this process; the worker's hands, and the way for live modules."""
+
+    isolation = "none"
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    @cached_property
+    def _compressor(self) -> Compressor:
+        return Compressor(self._workload)
+
+    def profile(self, deployment: Deployment, seconds: float) -> Profile:
+        return profile_workload(
+            self._workload,
+            describe_machine(),
+            deployment,
+            seconds=seconds,
+            compressor=self._compressor,
+        )
+
+    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> BuiltArtefact:
+        """Carry a plan out into ``folder``; any ``ProfilingAgentError`` says why it can't be."""
+        seed_everything(plan.seed)
+        with threads(deployment.threads):
+            compressed = self._compressor.compress(plan)
+            example = self._workload.example(max(2, deployment.batch_size))
+            one = self._workload.example(1)
+            achieved = compressed.achieved.model_copy(
+                update={
+                    "macs": count(compressed.model, one).module("").macs,
+                    "original_macs": self._original_macs,
+                }
+            )
+            record = self._workload.record
+            return build_artefact(
+                compressed.model, record, example, plan, achieved, folder, deployment
+            )
+
+    @cached_property
+    def _original_macs(self) -> int:
+        return count(self._workload.model, self._workload.example(1)).module("").macs
+
+    def pause(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerBuilder:
+    """Builds in a warm worker, replaced when it fails."""
+
+    isolation = "process"
+
+    def __init__(self, data: Path, memory_limit: int | None = None) -> None:
+        self._data = data
+        self._memory_limit = memory_limit
+        self._child: Child | None = None
+
+    def profile(self, deployment: Deployment, seconds: float) -> Profile:
+        request = {"method": "profile", "deployment": _dump(deployment), "seconds": seconds}
+        answer = self._ask(request, timeout_s=4 * seconds + 600.0)
+        return Profile.model_validate(answer["profile"])
+
+    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> BuiltArtefact:
+        request = {
+            "method": "build",
+            "plan": _dump(plan),
+            "folder": str(folder),
+            "deployment": _dump(deployment),
+        }
+        return BuiltArtefact.model_validate(self._ask(request, BUILD_TIMEOUT_S)["built"])
+
+    def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        if self._child is None or not self._child.alive:
+            self.close()
+            self._child = Child("profiling_agent.trial", memory_limit=self._memory_limit)
+            self._child.ask({"method": "open", "data": str(self._data)}, timeout_s=600.0)
+        return self._child.ask(request, timeout_s)
+
+    def pause(self) -> None:
+        if self._child is not None:
+            self._child.pause()
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """The untouched model: an open predictor and what it got right."""
+
+    predictor: Predictor
+    search: np.ndarray  # predicted classes (samples,)
+
+
+class TrialRunner:
+    """Carries plans out, one after another, against one baseline."""
+
+    def __init__(
+        self,
+        *,
+        builder: Builder,
+        workload: Workload,
+        baseline: Baseline,
+        deployment: Deployment,
+        max_drop: float,
+        data: Path,
+        memory_limit: int | None = None,
+    ) -> None:
+        self.builder = builder
+        self.workload = workload
+        self.baseline = baseline
+        self.deployment = deployment
+        self._max_drop = max_drop
+        self._data = data
+        self._memory_limit = memory_limit
+
+    def run(
+        self,
+        trial_id: str,
+        plan: Plan,
+        author: str,
+        folder: Path,
+        *,
+        is_control: bool = False,
+        predicted_ms: float | None = None,
+        predicted_kl: float | None = None,
+        protocol: TimingProtocol = TRIAL,
+        deadline: float | None = None,
+    ) -> Trial:
+        """A trial that is done, screened or failed; never raises for what the plan caused."""
+        start = now()
+        trial = Trial(
+            trial_id=trial_id,
+            plan=plan,
+            author=author,
+            is_control=is_control,
+            status="failed",
+            predicted_ms=predicted_ms,
+            predicted_kl=predicted_kl,
+            isolation=self.builder.isolation,
+        )
+        try:
+            built = self.builder.build(plan, folder, self.deployment)
+            trial = trial.model_copy(update={"achieved": built.achieved})
+            trial = self._evaluate(trial, built, folder, protocol, deadline)
+        except MemoryError:
+            trial = trial.model_copy(update={"reason": "out of memory"})
+        except ProfilingAgentError as error:
+            trial = trial.model_copy(update={"reason": " ".join(str(error).split())[:1000]})
+        finally:
+            self.builder.pause()
+        return trial.model_copy(update={"seconds": now() - start})
+
+    def open(self, folder: Path, runtime: str) -> ProbeProcess:
+        return ProbeProcess.artefact(folder, runtime, self.deployment, self._memory_limit)
+
+    def _evaluate(
+        self,
+        trial: Trial,
+        built: BuiltArtefact,
+        folder: Path,
+        protocol: TimingProtocol,
+        deadline: float | None,
+    ) -> Trial:
+        self.builder.pause()
+        with contextlib.closing(self.open(folder, built.runtime)) as predictor:
+            reason = self._screen(predictor)
+            if reason is not None and not trial.is_control:
+                return trial.model_copy(update={"status": "screened", "reason": reason})
+            accuracy = self._search_accuracy(predictor)
+            times = race(
+                {"baseline": self.baseline.predictor, trial.trial_id: predictor},
+                self._data / "calibration",
+                protocol,
+                deadline,
+            )
+            evaluation = evaluation_of(
+                trial.trial_id, built, self.deployment, (accuracy,), times, predictor
+            )
+        return trial.model_copy(update={"status": "done", "evaluation": evaluation})
+
+    def _screen(self, predictor: Predictor) -> str | None:
+        labels = self._labels()[:SCREEN_SAMPLES]
+        logits = predictor.logits(self._data / "search", len(labels))
+        predicted = outcomes(logits, self.workload.record.task.num_classes)
+        original = self.baseline.search[: len(labels)]
+        return collapsed(original == labels, predicted == labels, self._max_drop)
+
+    def _search_accuracy(self, predictor: Predictor) -> Accuracy:
+        logits = predictor.logits(self._data / "search")
+        predicted = outcomes(logits, self.workload.record.task.num_classes)
+        return score("search", predicted, self._labels(), self.baseline.search)
+
+    def _labels(self) -> np.ndarray:
+        labels = self.workload.splits["search"].labels
+        assert labels is not None
+        return np.asarray(labels)
+
+
+def evaluation_of(
+    name: str,
+    built: BuiltArtefact,
+    deployment: Deployment,
+    accuracy: tuple[Accuracy, ...],
+    times: Race,
+    predictor: Predictor,
+) -> Evaluation:
+    """The record of one artefact from a race in which ``baseline`` ran too."""
+    timing = times.timing(name)
+    memory = predictor.memory_bytes()
+    missing = ()
+    if memory is None:
+        reason = "this system does not tell the peak memory of a process"
+        missing = (NotMeasured(what="memory", reason=reason),)
+    return Evaluation(
+        artefact=name,
+        runtime=built.runtime,
+        scheme=built.scheme,
+        deployment=deployment,
+        accuracy=accuracy,
+        timing=timing,
+        speedup=Speedup(over="baseline", ratio=times.speedup(name, "baseline")),
+        throughput_per_s=1e3 * deployment.batch_size / timing.median_ms,
+        size_bytes=built.size_bytes,
+        weight_bytes=built.weight_bytes,
+        memory_bytes=memory,
+        not_measured=missing,
+    )
+
+
+def _dump(record: Any) -> dict[str, Any]:
+    return record.model_dump(mode="json")
+
+
+class _Worker:
+    """The worker's end: answers ``open``, ``profile`` and ``build``."""
+
+    def __init__(self) -> None:
+        self._builder: LocalBuilder | None = None
+
+    def open(self, data: str) -> dict[str, Any]:
+        self._builder = LocalBuilder(reopen(Path(data)))
+        return {}
+
+    def profile(self, deployment: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._builder is not None
+        profile = self._builder.profile(Deployment.model_validate(deployment), seconds)
+        return {"profile": _dump(profile)}
+
+    def build(
+        self, plan: Mapping[str, Any], folder: str, deployment: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        assert self._builder is not None
+        built = self._builder.build(
+            Plan.model_validate(plan), Path(folder), Deployment.model_validate(deployment)
+        )
+        return {"built": _dump(built)}
+
+
+def main() -> None:
+    """Answer requests on stdin until it closes; what libraries print goes to stderr."""
+    die_with_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = _Worker()
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                answer = {"ok": True, **getattr(worker, request.pop("method"))(**request)}
+            except ProfilingAgentError as error:
+                answer = {"ok": False, "error": str(error)}
+            except MemoryError:
+                answer = {"ok": False, "error": "out of memory"}
+            except Exception as error:  # a fault in one plan must not end the run
+                text = " ".join(str(error).split())[:800]
+                answer = {"ok": False, "error": f"{type(error).__name__}: {text}"}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""What a person is shown of a run: one record, three ways, and never an invented number."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+import record_factory as make
+from profiling_agent.records.common import Budget, Deployment, NotMeasured
+from profiling_agent.records.plan import PruningLine
+from profiling_agent.records.trial import Rejection, RunRecord, RunSettings
+from profiling_agent.records.workload import Task
+from profiling_agent.report import wording
+from profiling_agent.report.chart import points_of, scatter
+from profiling_agent.report.html import render_html
+from profiling_agent.report.live import (
+    LineProgress,
+    RichProgress,
+    SilentProgress,
+    open_progress,
+    quiet,
+)
+from profiling_agent.report.profile_view import render_profile
+from profiling_agent.report.summary import headline, not_measured, trial_rows
+from profiling_agent.report.terminal import render_run
+
+HOSTILE = "<script>alert(1)</script>[red]&\"'\x1b[2J\u202e"
+VOID = {"meta", "br"}
+
+
+class _Balance(HTMLParser):
+    """Fails on a tag that is closed and not open; collects the tags seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, _ in attrs:
+            assert not name.startswith("on")
+            assert name not in {"src", "href"}
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def shown(renderable: RenderableType, width: int = 100, *, terminal: bool = False) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=terminal).print(renderable)
+    return stream.getvalue()
+
+
+def hostile_run() -> RunRecord:
+    plan = make.make_plan(
+        pruning=(PruningLine(match=HOSTILE, ratio=0.5, why=HOSTILE),), why=HOSTILE
+    )
+    return make.make_run(
+        workload=make.make_workload(
+            name=HOSTILE,
+            notes=(HOSTILE,),
+            task=Task(num_classes=2, unit=HOSTILE, class_names=(HOSTILE, "b")),
+        ),
+        machine=make.make_machine(processor=HOSTILE, versions={HOSTILE: HOSTILE}),
+        trials=(
+            make.make_trial(HOSTILE, plan=plan, author=HOSTILE),
+            make.make_trial("t2", plan=plan, status="failed", reason=HOSTILE),
+        ),
+        rejections=(Rejection(plan=plan, author=HOSTILE, reason=HOSTILE),),
+        pareto=(HOSTILE,),
+        final=(),
+        verdict=make.make_verdict(trial_id=HOSTILE, reason=HOSTILE, next_step=HOSTILE),
+        artefact=HOSTILE,
+        warnings=(HOSTILE,),
+    )
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (wording.in_ms(None), "–"),
+        (wording.in_ms(4.2149), "4.21 ms"),
+        (wording.in_ms(0.03124), "0.0312 ms"),
+        (wording.in_ms(1284.0), "1284 ms"),
+        (wording.in_ms(0.0), "0 ms"),
+        (wording.in_ms(99.96), "100 ms"),
+        (wording.in_points(-0.001), "0.00"),
+        (wording.in_points(-0.12), "-0.12"),
+        (wording.in_megabytes(6_411_000), "6.41 MB"),
+        (wording.in_megabytes(0), "0 kB"),
+        (wording.in_megabytes(999), "0.999 kB"),
+        (wording.as_count(1_630_000), "1.63 M"),
+        (wording.as_count(97), "97"),
+        (wording.as_share(0.4123), "41.2 %"),
+        (wording.in_seconds(125.2), "2 min 05 s"),
+        (wording.in_seconds(119.96), "2 min 00 s"),
+        (wording.printable("a\x1b[2Jb\nc"), "a\\x1b[2Jb c"),
+        (wording.printable("\ud800"), "\\ud800"),
+        (wording.printable("x" * 300), "x" * 199 + "…"),
+    ],
+)
+def test_numbers_and_names_are_written_one_way(said: str, expected: str) -> None:
+    assert said == expected
+
+
+def test_a_plan_in_words() -> None:
+    assert wording.describe_plan(make.make_plan()) == (
+        r"prune mlp:blocks\..* 40.0 % (obs); onnxruntime int8-dynamic, float: head; "
+        "repair least-squares"
+    )
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def test_headline_is_the_original_the_controls_and_ours() -> None:
+    rows = headline(make.make_run())
+    assert [(row.role, row.trial_id) for row in rows] == [
+        ("original", None),
+        ("control", "c1"),
+        ("control", "c2"),
+        ("ours", "t1"),
+    ]
+    assert [row.trial_id for row in rows if row.is_best_control] == ["c2"]
+    assert [row.trial_id for row in rows if row.is_handed_over] == ["t1"]
+
+
+def test_headline_prefers_the_final_stage_and_the_verdict() -> None:
+    ours = headline(make.make_run())[-1]
+    assert ours.accuracy is not None
+    assert (ours.accuracy.split, ours.accuracy.value) == ("test", 91.9)
+    assert ours.speedup is not None
+    assert ours.speedup.estimate == 2.31
+
+
+def test_headline_falls_back_to_the_search() -> None:
+    rows = headline(make.make_run(final=(), verdict=None, artefact=None))
+    assert [row.role for row in rows] == ["original", "control", "control"]
+    assert {row.accuracy.split for row in rows if row.accuracy} == {"search"}
+
+
+def test_a_speedup_over_something_else_is_not_shown_as_one_over_the_original() -> None:
+    speedup = make.make_evaluation("t1").speedup
+    assert speedup is not None
+    other = make.make_evaluation("c1", speedup=speedup.model_copy(update={"over": "c2"}))
+    control = make.make_control("c1", "onnxruntime", "fp32", evaluation=other)
+    rows = headline(make.make_run(trials=(control,), final=(), verdict=None))
+    assert rows[1].speedup is None
+    assert "speed-up: not measured, and no reason was recorded" in rows[1].footnotes
+
+
+def test_what_is_missing_is_none_with_the_recorded_reason() -> None:
+    control = headline(make.make_run())[2]
+    assert (control.memory_bytes, control.memory_ratio) == (None, None)
+    assert control.footnotes == ("memory: the process ended before it was read",)
+
+
+def test_a_failed_control_shows_its_reason_and_no_number() -> None:
+    failed = make.make_control(
+        "c1", "onnxruntime", "fp32", status="failed", reason="operator not supported"
+    )
+    row = headline(make.make_run(trials=(failed,), final=(), verdict=None))[1]
+    assert row.footnotes == ("failed: operator not supported",)
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    for name in ("timing", "speedup", "accuracy", "size_bytes", "size_ratio", "memory_bytes"):
+        assert values[name] is None
+
+
+def test_a_control_handed_over_is_not_listed_twice() -> None:
+    verdict = make.make_verdict(kind="NO_GAIN", trial_id="c2")
+    rows = headline(make.make_run(verdict=verdict))
+    assert [row.trial_id for row in rows if row.is_handed_over] == ["c2"]
+    assert len(rows) == 3
+
+
+def test_all_trials_are_listed_with_reasons() -> None:
+    rows = trial_rows(make.make_run())
+    assert [(row.trial_id, row.status) for row in rows][2:] == [
+        ("t1", "done"),
+        ("t2", "screened"),
+        ("t3", "failed"),
+    ]
+    assert rows[-1].measured_ms is None
+    assert rows[-1].reason == "the worker ran out of memory"
+
+
+def test_gaps_are_collected_with_undone_groups() -> None:
+    undone = (NotMeasured(what="heads:a", reason="forward failed"),)
+    trial = make.make_trial("t1", achieved=make.make_achieved(undone=undone))
+    gaps = not_measured(make.make_run(trials=(trial,)))
+    assert gaps == ("t1, heads:a undone: forward failed",)
+
+
+# --- terminal --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_terminal_fits_and_says_the_essentials(width: int) -> None:
+    text = shown(render_run(make.make_run(), folder=Path("runs/demo")), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for words in (
+        "original",
+        "best control",
+        "handed over",
+        "ACCEPT",
+        "2.31x",
+        "runs/demo/artefact",
+    ):
+        assert words in text
+    assert "memory: the process ended" in text
+
+
+def test_terminal_without_a_verdict_says_so() -> None:
+    text = shown(render_run(make.make_run(verdict=None, final=(), artefact=None)))
+    assert "no verdict" in text
+    assert "ours" not in text
+
+
+def test_infeasible_hands_over_the_original() -> None:
+    verdict = make.make_verdict(
+        kind="INFEASIBLE",
+        evidence=None,
+        trial_id=None,
+        best_control_id=None,
+        drop=None,
+        drop_upper_bound=None,
+        speedup=None,
+        speedup_over_control=None,
+        size_ratio=None,
+        memory_ratio=None,
+        reason="nothing stayed within 0.5 points",
+    )
+    record = make.make_run(verdict=verdict, artefact=None)
+    text = shown(render_run(record))
+    assert "INFEASIBLE" in text
+    assert "nothing stayed within 0.5 points" in text
+    assert "gain" not in text
+    assert headline(record)[0].is_handed_over
+
+
+def test_different_splits_are_named_in_each_cell() -> None:
+    run = make.make_run()
+    text = shown(render_run(make.make_run(final=run.final[3:])))
+    assert "on test" in text
+    assert "on search" in text
+
+
+def test_an_empty_run_is_drawn() -> None:
+    empty = make.make_run(
+        trials=(), final=(), candidates=(), pareto=(), verdict=None, artefact=None
+    )
+    assert "original" in shown(render_run(empty))
+    assert "<h2>All trials</h2>" not in render_html(empty)
+    assert scatter(empty) == ""
+
+
+def test_hostile_names_do_not_reach_the_terminal() -> None:
+    for text in (
+        shown(render_run(hostile_run())),
+        shown(render_profile(make.make_profile(modules=(make.make_module(HOSTILE, 1.0),)))),
+    ):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert "[red]" in text
+        text.encode("utf-8")
+
+
+# --- page ------------------------------------------------------------------------------------
+
+
+def test_page_is_whole_stands_alone_and_is_a_pure_function() -> None:
+    page = render_html(make.make_run(), make.make_profile())
+    parser = _Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert not parser.seen & {"script", "link", "img", "iframe"}
+    assert "http" not in page.replace('http-equiv="Content-Security-Policy"', "")
+    assert "url(" not in page
+    assert page == render_html(make.make_run(), make.make_profile())
+
+
+def test_page_shows_every_part() -> None:
+    page = render_html(make.make_run(), make.make_profile())
+    for words in (
+        "ACCEPT",
+        "Original, off the shelf, ours",
+        "All trials",
+        "the worker ran out of memory",
+        "blocks.0.mlp.fc1",
+        "heads:blocks.1.attn.qkv",
+        "KL at 0.50",
+        "Not measured, and why",
+        "aten::bucketize",
+        "How it was measured",
+        "ab" * 32,
+        "Example CPU",
+    ):
+        assert words in page
+    assert "Where the original" not in render_html(make.make_run())
+
+
+def test_page_escapes_hostile_text() -> None:
+    page = render_html(
+        hostile_run(), make.make_profile(groups=(make.make_group("mlp:" + HOSTILE),))
+    )
+    parser = _Balance()
+    parser.feed(page)
+    assert "script" not in parser.seen
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    page.encode("utf-8")
+
+
+def test_page_without_a_verdict() -> None:
+    assert "No verdict yet" in render_html(make.make_run(verdict=None, final=(), artefact=None))
+
+
+# --- chart -----------------------------------------------------------------------------------
+
+
+def test_chart_draws_only_what_was_measured() -> None:
+    assert [point.trial_id for point in points_of(make.make_run())] == ["c1", "c2", "t1"]
+
+
+def test_chart_keeps_collapsed_trials_on_the_edge() -> None:
+    collapsed = make.make_evaluation("t9", accuracy=(make.make_accuracy("search", 10.0, 82.0),))
+    trials = (make.make_trial("t1"), make.make_trial("t9", evaluation=collapsed))
+    drawing = scatter(make.make_run(trials=trials))
+    assert drawing.count('class="outside"') == 1
+    heights = [float(y) for y in re.findall(r'cy="([-\d.]+)"', drawing)]
+    assert all(0 <= y <= 340 for y in heights)
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 1e-6, 0.5, 100.0])
+def test_chart_has_axes_for_any_budget(max_drop: float) -> None:
+    settings = RunSettings(budget=Budget(max_drop=max_drop), deployment=Deployment())
+    assert "<svg" in scatter(make.make_run(settings=settings))
+
+
+# --- profile ---------------------------------------------------------------------------------
+
+
+def test_profile_shows_whole_parts_order_and_gaps() -> None:
+    text = shown(render_profile(make.make_profile()))
+    assert "whole forward 4.00 ms [3.80, 4.40], sum of parts 3.60 ms (90.0 % of the whole)" in text
+    assert text.index("blocks.0.mlp.fc1") < text.index("blocks.0.attn.qkv")
+    for words in ("aten::bucketize", "channels:head can't be pruned", "below the clock's step"):
+        assert words in text
+
+
+def test_profile_without_times_has_dashes() -> None:
+    profile = make.make_profile(
+        total=None, sum_of_parts_ms=None, modules=(make.make_module("a", None),), groups=()
+    )
+    assert "whole forward –, sum of parts –" in shown(render_profile(profile))
+
+
+# --- progress --------------------------------------------------------------------------------
+
+
+def test_lines_are_held_while_paused() -> None:
+    stream = io.StringIO()
+    progress = LineProgress(stream)
+    progress.stage("profile", "latency tables")
+    before = stream.getvalue()
+    with quiet(progress):
+        with quiet(progress):
+            progress.trial_finished(make.make_trial("t1"), 0.12, 2.31)
+        progress.message("kept")
+        assert stream.getvalue() == before
+    after = stream.getvalue()
+    assert "t1 solver, onnxruntime int8-dynamic: 2.31x, drop 0.12 points (12.3 s)" in after
+    assert after.index("2.31x") < after.index("kept")
+
+
+def test_a_failed_trial_is_told_with_its_reason() -> None:
+    stream = io.StringIO()
+    progress = LineProgress(stream)
+    progress.trial_started("t3", "torch fp32")
+    progress.trial_finished(make.make_trial("t3", status="failed", reason="crashed"), None, None)
+    assert "failed, crashed" in stream.getvalue()
+
+
+def test_a_reader_that_went_away_does_not_end_the_run() -> None:
+    stream = io.StringIO()
+    progress = LineProgress(stream)
+    stream.close()
+    progress.message("nobody reads this")
+    progress.stage("evaluate")
+    progress.close()
+
+
+def test_live_display_writes_nothing_while_paused_and_cleans_up() -> None:
+    stream = io.StringIO()
+    progress = RichProgress(Console(file=stream, force_terminal=True, width=80), 180.0)
+    progress.stage("evaluate", "controls")
+    progress.trial_started("t1", "torch fp32")
+    progress.pause()
+    before = stream.getvalue()
+    progress.trial_finished(make.make_trial("t1"), 0.12, 2.31)
+    progress.stage("decide")
+    progress.pause()
+    progress.resume()
+    assert stream.getvalue() == before
+    progress.resume()
+    assert "2.31x" in stream.getvalue()
+    progress.pause()
+    progress.close()
+    progress.close()
+    assert stream.getvalue().endswith(("\x1b[?25h", "\r", "\x1b[2K\r"))
+
+
+def test_the_display_suits_the_stream() -> None:
+    assert isinstance(open_progress(60.0, stream=io.StringIO()), LineProgress)
+    assert isinstance(open_progress(mode="silent"), SilentProgress)
