@@ -72,6 +72,7 @@ def make_workload(**fields: Any) -> WorkloadRecord:
         "source": WorkloadSource(model="demo:vit"),
         "num_parameters": 1_600_000,
         "weight_bytes": 6_400_000,
+        "model_sha256": "0" * 64,
         "inputs": (InputSpec(name="x", shape=(1, 28, 28), dtype="float32"),),
         "preprocessing": Preprocessing(layout="hw", scale=1 / 255, mean=(0.286,), std=(0.353,)),
         "task": Task(num_classes=10, class_names=tuple("abcdefghij")),

@@ -119,6 +119,7 @@ def record(
         source=WorkloadSource(model=None),
         num_parameters=1,
         weight_bytes=1,
+        model_sha256="",
         inputs=inputs or (InputSpec(name="x", shape=shape, dtype="float32"),),
         preprocessing=preprocessing or Preprocessing(),
         task=Task(num_classes=4, class_names=class_names),

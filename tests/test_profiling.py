@@ -59,6 +59,7 @@ def make_workload(model: nn.Module, *shape: int, num_samples: int = 4) -> Worklo
         source=WorkloadSource(model=None),
         num_parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=0,
+        model_sha256="",
         inputs=(InputSpec(name="x", shape=shape, dtype="float32"),),
         preprocessing=Preprocessing(),
         task=Task(num_classes=10),
@@ -89,7 +90,8 @@ def test_vit_by_formula(inference: bool) -> None:
     with torch.inference_mode(inference):
         costs = count(model, {"x": torch.randn(batch, 1, 8, 8)})
     block = vit_block_macs(batch, tokens, width)
-    embed = batch * tokens * width * 16
+    stem, positions = 32, 16  # 8 x 8 pixels, halved twice
+    embed = batch * (positions * stem * 9 + tokens * width * stem * 9)
     head = batch * width * 10
     assert costs.module("").macs == embed + 2 * sum(block.values()) + head
     assert costs.module("").self_macs == 0

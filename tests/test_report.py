@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 import record_factory as make
-from profiling_agent.records.common import Budget, Deployment, NotMeasured
+from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.plan import PruningLine
 from profiling_agent.records.trial import Rejection, RunRecord, RunSettings
 from profiling_agent.records.workload import Task
@@ -27,7 +27,7 @@ from profiling_agent.report.live import (
     quiet,
 )
 from profiling_agent.report.profile_view import render_profile
-from profiling_agent.report.summary import headline, not_measured, trial_rows
+from profiling_agent.report.summary import headline, trial_rows
 from profiling_agent.report.terminal import render_run
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'\x1b[2J\u202e"
@@ -197,13 +197,6 @@ def test_all_trials_are_listed_with_reasons() -> None:
     ]
     assert rows[-1].measured_ms is None
     assert rows[-1].reason == "the worker ran out of memory"
-
-
-def test_gaps_are_collected_with_undone_groups() -> None:
-    undone = (NotMeasured(what="heads:a", reason="forward failed"),)
-    trial = make.make_trial("t1", achieved=make.make_achieved(undone=undone))
-    gaps = not_measured(make.make_run(trials=(trial,)))
-    assert gaps == ("t1, heads:a undone: forward failed",)
 
 
 # --- terminal --------------------------------------------------------------------------------

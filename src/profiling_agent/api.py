@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import nn
 
 from profiling_agent import loop, stages
 from profiling_agent.deployment.artefact import ServedModel, open_artefact
+from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
+from profiling_agent.errors import BudgetError
 from profiling_agent.machine.threads import default_threads
+from profiling_agent.records.base import describe_faults
 from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import RunRecord, RunSettings
@@ -30,7 +34,7 @@ def optimize(
     time_budget: float = 900.0,
     max_trials: int = 12,
     planner: str = "solver",
-    runtimes: Sequence[str] = ("torch", "onnxruntime"),
+    runtimes: Sequence[str] | None = None,
     evidence: Evidence = "measured",
     seed: int = 0,
     show_progress: bool = True,
@@ -39,24 +43,31 @@ def optimize(
 
     ``model`` is a live module or a reference such as ``model.py:factory`` or ``demo:vit``;
     ``data`` a dataset, a loader, a pair of arrays, a dictionary of splits or a reference.
-    ``time_budget`` is in seconds; ``threads`` None takes what the machine grants. Raises the errors
-    of ``profiling_agent.errors``.
+    ``time_budget`` is in seconds; ``threads`` None takes what the machine grants, ``runtimes`` None
+    all that are installed. Raises the errors of ``profiling_agent.errors``.
 
         result = optimize(model, data, max_drop=0.5, out="result")
     """
-    settings = RunSettings(
-        budget=Budget(
-            max_drop=max_drop,
-            objective=objective,
-            time_s=time_budget,
-            max_trials=max_trials,
-            evidence=evidence,
-        ),
-        deployment=Deployment(batch_size=batch_size, threads=threads or default_threads()),
-        planner=planner,
-        runtimes=tuple(runtimes),
-        seed=seed,
-    )
+    if runtimes is not None:
+        runtimes = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
+        for name in runtimes:
+            require_runtime(name)
+    try:
+        settings = RunSettings(
+            budget=Budget(
+                max_drop=max_drop,
+                objective=objective,
+                time_s=time_budget,
+                max_trials=max_trials,
+                evidence=evidence,
+            ),
+            deployment=Deployment(batch_size=batch_size, threads=threads or default_threads()),
+            planner=planner,
+            runtimes=tuple(RUNTIMES) if runtimes is None else runtimes,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
     progress = open_progress(time_budget, mode="auto" if show_progress else "silent")
     try:
         return loop.optimize_workload(

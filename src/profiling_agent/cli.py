@@ -7,7 +7,6 @@ a folder that can't be written 4, a plan that can't be carried out 5, an interru
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -63,7 +62,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="batch size of the deploymen
 Threads = Annotated[
     int | None, typer.Option(min=1, help="threads of the deployment [what the cgroup grants]")
 ]
-Seed = Annotated[int, typer.Option(help="seed of splits and search")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of splits and search")]
 Json = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
 MaxDrop = Annotated[float, typer.Option(help="points of accuracy that may be lost")]
 TimeBudget = Annotated[str, typer.Option(help="such as 90s, 15m, 2h")]
@@ -94,8 +93,10 @@ def optimize(
     json: Json = False,
 ) -> None:
     """Find, prove and hand over the best artefact within the budget."""
-    from profiling_agent.loop import optimize_workload
+    from profiling_agent.loop import check_settings, optimize_workload
+    from profiling_agent.planning.planner import find_planner
     from profiling_agent.records.common import Budget
+    from profiling_agent.records.store import RunStore
     from profiling_agent.records.trial import EXIT_CODES, RunSettings
     from profiling_agent.report.live import open_progress
     from profiling_agent.report.terminal import render_run
@@ -116,8 +117,10 @@ def optimize(
             seed=seed,
         )
     )
+    find_planner(planner)
+    check_settings(settings)
     if restart:
-        _throw_away(out)
+        RunStore(out).clear()
     progress = open_progress(seconds)
     try:
         record = optimize_workload(
@@ -129,9 +132,12 @@ def optimize(
             test_data=test_data,
             progress=progress,
         )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; start the same command again to continue", err=True)
+        raise typer.Exit(130) from None
     finally:
         progress.close()
-    _show(record.to_json() if json else None, lambda: render_run(record))
+    _show(record.to_json() if json else None, lambda: render_run(record, folder=out))
     if not json:
         typer.echo(f"report: {out / 'report.html'}")
     assert record.verdict is not None
@@ -275,7 +281,7 @@ def report(
 
     record = stages.read_run(run)
     save_record(RunStore(run), record)
-    _show(record.to_json() if json else None, lambda: render_run(record))
+    _show(record.to_json() if json else None, lambda: render_run(record, folder=run))
 
 
 def parse_duration(text: str) -> float:
@@ -295,10 +301,14 @@ def _deployment(batch_size: int, threads: int | None) -> Deployment:
 
 
 def _runtimes(text: str) -> tuple[str, ...]:
-    from profiling_agent.deployment.runtimes import RUNTIMES
+    from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
 
     names = tuple(part.strip() for part in text.split(",") if part.strip())
-    return tuple(RUNTIMES) if names == ("all",) else names
+    if names == ("all",):
+        return tuple(RUNTIMES)
+    for name in names:
+        require_runtime(name)
+    return names
 
 
 def _record(make: Callable[[], Any]) -> Any:
@@ -306,11 +316,6 @@ def _record(make: Callable[[], Any]) -> Any:
         return make()
     except ValidationError as error:
         raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
-
-
-def _throw_away(out: Path) -> None:
-    if (out / "journal.jsonl").exists():
-        shutil.rmtree(out)
 
 
 def _show(json: str | None, render: Callable[[], Any]) -> None:
@@ -329,9 +334,6 @@ def main() -> None:
     except ProfilingAgentError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; start the same command again to continue", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.deployment.artefact import read_manifest
-from profiling_agent.errors import ModelError, StorageError, TrialError
-from profiling_agent.evaluation.measure import FINAL, Protocol, outcomes, race, score
+from profiling_agent.deployment.artefact import check_artefact
+from profiling_agent.errors import ArtefactError, ModelError, StorageError, TrialError
+from profiling_agent.evaluation.measure import FINAL, Protocol, Race, outcomes, race, score
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.evaluation.statistics import samples_to_prove
 from profiling_agent.planning.decide import (
@@ -26,7 +27,7 @@ from profiling_agent.planning.decide import (
 )
 from profiling_agent.records.common import Interval, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
-from profiling_agent.records.store import RunStore
+from profiling_agent.records.store import RunStore, read_array, write_array
 from profiling_agent.records.trial import Candidate, RunSettings, Trial, Verdict
 from profiling_agent.records.workload import SplitName
 from profiling_agent.report.live import Progress, quiet
@@ -35,22 +36,27 @@ from profiling_agent.trial import TrialRunner, evaluation_of
 
 RACE_SHARE = 0.1
 """Of the time budget, at most, for the race that the headline is taken from."""
-NOT_RACED = NotMeasured(what="latency, speed-up and memory", reason="over the budget on test data")
+OPENING_S = 8.0
+"""For starting the processes of a race."""
+NOT_RACED = NotMeasured(
+    what="latency, speed-up and memory", reason="only artefacts within the budget are raced"
+)
 
 
-def final_protocol(time_budget_s: float) -> Protocol:
+def final_protocol(time_budget_s: float, call_s: float) -> Protocol:
     """The last race: up to 24 blocks of each, fewer when the whole budget is short."""
-    per_round = 3 * (FINAL.block_s + 0.05)
+    protocol = FINAL.suited_to(call_s)
+    per_round = protocol.seconds(call_s, 3) / protocol.num_blocks
     num_blocks = int(RACE_SHARE * time_budget_s / per_round)
-    return Protocol(num_blocks=max(10, min(FINAL.num_blocks, num_blocks)), block_s=FINAL.block_s)
+    return replace(protocol, num_blocks=max(8, min(FINAL.num_blocks, num_blocks)))
 
 
-def final_seconds(num_test: int, per_sample_s: float, time_budget_s: float) -> float:
+def final_seconds(num_test: int, call_s: float, batch_size: int, time_budget_s: float) -> float:
     """What the final stage is expected to take: test accuracy of the original, a control and two
     candidates (each taken to be no slower than half the original), and a race and a half."""
-    protocol = final_protocol(time_budget_s)
-    race_s = protocol.num_blocks * 3 * (protocol.block_s + 0.05) + 8.0
-    return min(0.6 * time_budget_s, 2.5 * num_test * per_sample_s + 1.5 * race_s)
+    race_s = final_protocol(time_budget_s, call_s).seconds(call_s, 3) + OPENING_S
+    accuracy_s = 2.5 * num_test / batch_size * call_s
+    return min(0.6 * time_budget_s, accuracy_s + 1.5 * race_s)
 
 
 def labels_of(workload: Workload, split: SplitName) -> np.ndarray:
@@ -89,7 +95,9 @@ class Finish:
         self.store, self.workload, self.state, self.runner = store, workload, state, runner
         self.progress, self.warn = progress, warn
         self.budget, self.deployment = settings.budget, settings.deployment
-        self.protocol = final_protocol(self.budget.time_s)
+        timing = state.baseline.timing if state.baseline else None
+        assert timing is not None
+        self.protocol = final_protocol(self.budget.time_s, timing.median_ms / 1e3)
 
     def walk(self) -> None:
         candidates = self._candidates()
@@ -130,13 +138,13 @@ class Finish:
 
     def _original(self) -> np.ndarray:
         path = self.store.data / "baseline_test.npy"
-        if not path.exists():
-            predictor = self.runner.baseline.predictor
+        predicted = read_array(path)
+        if predicted is None:
+            predictor = self.runner.baseline.open()
             with quiet(self.progress):
                 predicted = predict_original(predictor, self.workload, self.store.data, "test")
             predictor.pause()
-            np.save(path, predicted)
-        predicted = np.load(path, allow_pickle=False)
+            write_array(path, predicted)
         baseline = self.state.baseline
         assert baseline is not None
         if baseline.on("test") is None:
@@ -150,8 +158,7 @@ class Finish:
         """The best control that is within the budget on the test split too."""
         for trial in ranked_controls(self.state.trials, self.budget):
             final = self._look(trial)
-            drop = final.drop if final is not None else None
-            if drop is not None and drop.estimate <= self.budget.max_drop:
+            if final is not None and within_budget(final, self.budget):
                 return final
         return None
 
@@ -163,7 +170,7 @@ class Finish:
             try:
                 with quiet(self.progress):
                     known = self._look_now(trial)
-            except TrialError as error:
+            except (TrialError, ArtefactError) as error:
                 self.warn(f"{trial.trial_id} failed on the test split: {error}")
                 return None
             self._keep(trial.trial_id, known)
@@ -205,18 +212,19 @@ class Finish:
         try:
             with quiet(self.progress):
                 return self._race_now(final, control)
-        except TrialError as error:
+        except (TrialError, ArtefactError) as error:
             self.warn(f"{final.trial.trial_id} failed in the final race: {error}")
             return control, final
 
     def _race_now(self, final: Final, control: Final | None) -> tuple[Final | None, Final]:
-        racers: dict[str, Predictor] = {"baseline": self.runner.baseline.predictor}
+        racers: dict[str, Predictor] = {"baseline": self.runner.baseline.open()}
         with contextlib.ExitStack() as stack:
             for entry in (control, final):
                 if entry is not None:
                     opened = self._open(entry.trial, self._built(entry.trial))
                     racers[entry.trial.trial_id] = stack.enter_context(contextlib.closing(opened))
             times = race(racers, self.store.data / "calibration", self.protocol)
+            self._retime_baseline(times)
             timed: list[Final] = []
             for entry in (control, final):
                 if entry is None:
@@ -237,9 +245,18 @@ class Finish:
                 timed.append(_final_of(entry.trial, facts))
         return (timed[0] if control is not None else None), timed[-1]
 
+    def _retime_baseline(self, times: Race) -> None:
+        """What is shown beside the final times must come from the same race."""
+        baseline = self.state.baseline
+        assert baseline is not None
+        timing = times.timing("baseline")
+        throughput = 1e3 * self.deployment.batch_size / timing.median_ms
+        update = {"timing": timing, "throughput_per_s": throughput}
+        self.state.baseline = baseline.model_copy(update=update)
+        self.store.journal.append("baseline", self.state.baseline)
+
     def _built(self, trial: Trial) -> BuiltArtefact:
-        manifest = read_manifest(self.store.trial(trial.trial_id))
-        return BuiltArtefact.model_validate(manifest["built"])
+        return check_artefact(self.store.trial(trial.trial_id))
 
     def _open(self, trial: Trial, built: BuiltArtefact) -> Predictor:
         return self.runner.open(self.store.trial(trial.trial_id), built.runtime)

@@ -8,7 +8,6 @@ the test split is opened once, after the candidates are journalled.
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from profiling_agent.evaluation.statistics import (
 from profiling_agent.finish import Finish, final_seconds, labels_of, predict_original
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
-from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.check import check_budget, check_plan
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
@@ -44,7 +43,7 @@ from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.profile import Profile
-from profiling_agent.records.store import RunStore, write_text
+from profiling_agent.records.store import RunStore, read_array, write_array, write_text
 from profiling_agent.records.trial import (
     Rejection,
     RunRecord,
@@ -61,7 +60,6 @@ from profiling_agent.trial import (
 )
 
 PROFILE_SHARE = 0.2
-MAX_REJECTIONS = 3
 PATIENCE = 5
 """Trials without a better feasible plan after which the search stops."""
 
@@ -94,9 +92,11 @@ def optimize_workload(
     workload = acquire(
         model, data, weights=weights, test_data=test_data, folder=store.data, seed=settings.seed
     )
-    state = resume(store, settings, workload.record)
-    if state.verdict is None:
-        with contextlib.ExitStack() as stack:
+    check_task(workload, settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(store.locked())
+        state = resume(store, settings, workload.record)
+        if state.verdict is None:
             run = _Run(
                 store=store,
                 settings=settings,
@@ -108,8 +108,8 @@ def optimize_workload(
                 stack=stack,
             )
             run.walk()
-    else:
-        progress.message(f"This run is finished; {str(out)!r} holds its result.")
+        else:
+            progress.message(f"This run is finished; {str(out)!r} holds its result.")
     record = draw_record(store, state)
     save_record(store, record)
     return record
@@ -117,17 +117,25 @@ def optimize_workload(
 
 def check_settings(settings: RunSettings) -> None:
     """``BudgetError`` for a budget or a runtime that makes no sense."""
-    drop = settings.budget.max_drop
-    if not math.isfinite(drop) or drop < 0:
-        raise BudgetError(f"--max-drop is {drop!r}; give the points that may be lost, such as 0.5.")
-    if drop > 50:
-        raise BudgetError(
-            f"--max-drop {drop:g} would allow a useless model; it is in points of accuracy (0.5 "
-            "is half a percent of the samples)."
-        )
+    check_budget(settings.budget)
     unknown = [name for name in settings.runtimes if name not in RUNTIMES]
-    if unknown or not settings.runtimes:
-        raise BudgetError(f"There is no runtime {unknown!r}; choose from {', '.join(RUNTIMES)}.")
+    if unknown:
+        raise BudgetError(f"There is no runtime {unknown[0]!r}; choose from {', '.join(RUNTIMES)}.")
+    if not settings.runtimes:
+        raise BudgetError(f"No runtime was named; choose from {', '.join(RUNTIMES)}.")
+
+
+def check_task(workload: Workload, settings: RunSettings) -> None:
+    """``DataError`` when the data can't decide about the budget, before time is spent."""
+    splits = {split.name: split for split in workload.record.splits}
+    if "search" not in splits or "test" not in splits:
+        raise DataError("Optimizing needs labelled data; pass --data with images and labels.")
+    num_test, budget = splits["test"].num_samples, settings.budget
+    if 100.0 / num_test > budget.max_drop:
+        raise DataError(
+            f"One of the {num_test:,} test samples weighs {100.0 / num_test:.2g} points, more than "
+            f"the budget of {budget.max_drop:g}. Give more test data, or allow a larger --max-drop."
+        )
 
 
 class _Run:
@@ -157,7 +165,11 @@ class _Run:
         return self.budget.time_s - self.store.journal.clock()
 
     def walk(self) -> None:
-        self._check_task()
+        num_test = self.workload.record.split("test").num_samples
+        self.progress.message(
+            f"{num_test:,} test samples can prove drops down to about "
+            f"{provable_drop(num_test):.2f} points (if 2 % of the predictions change)"
+        )
         if self.is_live:
             self._warn("The model is a live object: its trials run in this process, unguarded.")
         baseline = self._baseline()
@@ -187,23 +199,6 @@ class _Run:
 
     # ---- the beginning
 
-    def _check_task(self) -> None:
-        splits = {split.name: split for split in self.workload.record.splits}
-        if "search" not in splits or "test" not in splits:
-            raise DataError("Optimizing needs labelled data; pass --data with images and labels.")
-        num_test = splits["test"].num_samples
-        weight = 100.0 / num_test
-        if weight > self.budget.max_drop:
-            raise DataError(
-                f"One of the {num_test:,} test samples weighs {weight:.2g} points, more than the "
-                f"budget of {self.budget.max_drop:g}. Give more test data, or allow a larger "
-                "--max-drop."
-            )
-        self.progress.message(
-            f"{num_test:,} test samples can prove drops down to about "
-            f"{provable_drop(num_test):.2f} points (if 2 % of the predictions change)"
-        )
-
     def _warn(self, text: str) -> None:
         if text not in self.state.warnings:
             self.state.warnings.append(text)
@@ -224,13 +219,21 @@ class _Run:
         self.progress.stage("baseline", "the untouched model in eager PyTorch")
         predictor = self._open_baseline()
         path = self.store.data / "baseline_search.npy"
-        if self.state.baseline is None or not path.exists():
+        predicted = read_array(path)
+        if self.state.baseline is None or predicted is None:
             predicted = predict_original(predictor, self.workload, self.store.data, "search")
             self._refuse_broken(predicted)
-            np.save(path, predicted)
+            write_array(path, predicted)
             self._measure_baseline(predictor, predicted)
         predictor.pause()
-        return Baseline(predictor=predictor, search=np.load(path, allow_pickle=False))
+        opened = [predictor]
+
+        def again() -> Predictor:
+            if not opened[-1].alive:
+                opened.append(self._open_baseline())
+            return opened[-1]
+
+        return Baseline(open=again, search=predicted)
 
     def _open_baseline(self) -> Predictor:
         try:
@@ -261,9 +264,12 @@ class _Run:
             )
 
     def _measure_baseline(self, predictor: Predictor, predicted: np.ndarray) -> None:
-        with quiet(self.progress):
-            timing = race({"baseline": predictor}, self.store.data / "calibration", TRIAL)
-        memory = predictor.memory_bytes()
+        try:
+            with quiet(self.progress):
+                timing = race({"baseline": predictor}, self.store.data / "calibration", TRIAL)
+            memory = predictor.memory_bytes()
+        except TrialError as error:
+            raise ModelError(f"The untouched model can't be timed: {error}") from None
         measured = timing.timing("baseline")
         missing = ()
         if memory is None:
@@ -306,20 +312,27 @@ class _Run:
                     repair="none",
                     why="off the shelf",
                 )
-                if plan.plan_id not in done and self._time_for_more():
-                    trial_id = f"c{len(self.state.trials) + 1}"
-                    self._try(runner, trial_id, plan, "control", is_control=True)
+                if plan.plan_id in done:
+                    continue
+                if self.state.trials and self.left < self._reserve():
+                    self._warn(
+                        f"The control {offer.runtime} {scheme} was not measured: the time budget "
+                        "is too short."
+                    )
+                    continue
+                trial_id = f"c{len(self.state.trials) + 1}"
+                self._try(runner, trial_id, plan, "control", is_control=True)
 
-    def _time_for_more(self) -> bool:
-        return self.left > self._reserve() or not self.state.trials
+    def _call_s(self) -> float:
+        baseline = self.state.baseline
+        assert baseline is not None and baseline.timing is not None
+        return baseline.timing.median_ms / 1e3
 
     def _reserve(self) -> float:
         """Seconds kept for the final stage."""
-        baseline = self.state.baseline
-        assert baseline is not None and baseline.timing is not None
         num_test = self.workload.record.split("test").num_samples
-        per_sample = baseline.timing.median_ms / 1e3 / self.deployment.batch_size
-        return final_seconds(num_test, per_sample, self.budget.time_s)
+        batch_size = self.deployment.batch_size
+        return final_seconds(num_test, self._call_s(), batch_size, self.budget.time_s)
 
     def _profile(self, builder: Builder) -> Profile:
         if self.store.profile.exists() and self.state.profile_path is not None:
@@ -328,8 +341,13 @@ class _Run:
             return profile
         self.progress.stage("profiling", "costs, groups, sensitivity")
         seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, self.left - self._reserve()))
-        with quiet(self.progress):
-            profile = builder.profile(self.deployment, seconds)
+        try:
+            with quiet(self.progress):
+                profile = builder.profile(self.deployment, seconds)
+        except TrialError as error:
+            raise ModelError(
+                f"The model can't be profiled: {error} Try 'profiling-agent profile' on it alone."
+            ) from None
         builder.pause()
         write_text(self.store.profile, profile.to_json())
         self.state.profile_path = self.store.profile.name
@@ -360,7 +378,6 @@ class _Run:
                 break
 
     def _proposals(self, profile: Profile) -> Iterator[tuple[int, Proposal]]:
-        rejected = 0
         while True:
             number = sum(1 for trial in self.state.trials if not trial.is_control) + 1
             if number > self.budget.max_trials:
@@ -371,21 +388,17 @@ class _Run:
             if proposal is None:
                 return
             reason = self._reject(proposal.plan, profile)
-            if reason is None:
-                rejected = 0
-                yield number, proposal
-                continue
-            rejected += 1
-            if rejected > MAX_REJECTIONS:
-                self._warn(f"The planner {self.planner.name!r} kept proposing bad plans: {reason}")
+            if reason is not None:  # a pure planner would only say the same again
+                self._warn(f"The planner {self.planner.name!r} proposed a bad plan: {reason}")
                 return
+            yield number, proposal
 
     def _reject(self, plan: Plan, profile: Profile) -> str | None:
         tried = {trial.plan.plan_id for trial in self.state.trials}
         reason = check_plan(plan, profile, tried)
         if reason is None and plan.runtime not in self.settings.runtimes:
             reason = f"The runtime {plan.runtime!r} is excluded by --runtime."
-        if reason is not None:
+        if reason is not None and not any(r.plan == plan for r in self.state.rejections):
             rejection = Rejection(plan=plan, author=self.planner.name, reason=reason)
             self.state.rejections.append(rejection)
             self.store.journal.append("rejection", rejection)
@@ -404,7 +417,15 @@ class _Run:
         self.progress.trial_started(trial_id, f"{plan.runtime} {plan.quantization.scheme}")
         folder = self.store.trial(trial_id)
         with quiet(self.progress):
-            trial = runner.run(trial_id, plan, author, folder, **known)
+            trial = runner.run(
+                trial_id,
+                plan,
+                author,
+                folder,
+                protocol=TRIAL.suited_to(self._call_s()),
+                deadline=now() + max(0.0, self.left - self._reserve()),
+                **known,
+            )
         self.state.trials.append(trial)
         self.store.journal.append("trial", trial)
         relative = relative_latency(trial)
@@ -416,7 +437,7 @@ class _Run:
     def _drop_dominated(self) -> None:
         """Free the disk of artefacts that can't be handed over any more."""
         wanted = {trial.trial_id for trial in pareto(self.state.trials, self.budget)}
-        wanted |= {trial.trial_id for trial in feasible(self.state.trials, self.budget)[:4]}
+        wanted |= {trial.trial_id for trial in feasible(self.state.trials, self.budget)}
         wanted |= {trial.trial_id for trial in self.state.trials if trial.is_control}
         for trial in self.state.trials:
             if trial.trial_id not in wanted:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-from profiling_agent.errors import StorageError
+from pydantic import ValidationError
+
+from profiling_agent.errors import PlanError, StorageError
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.history import pareto
 from profiling_agent.records.common import Machine
@@ -50,22 +52,42 @@ def resume(store: RunStore, settings: RunSettings, workload: WorkloadRecord) -> 
     ``StorageError`` when the folder holds a run with others.
     """
     state = read_state(store)
-    if state.settings is None:
-        state.settings, state.workload, state.machine = settings, workload, describe_machine()
-        store.journal.append("settings", settings)
-        store.journal.append("workload", workload)
-        store.journal.append("machine", state.machine)
-    elif state.settings != settings or state.workload not in (None, workload):
+    machine = describe_machine()
+    if state.baseline is None:  # nothing was measured that other settings could spoil
+        state = RunState(settings=settings, workload=workload, machine=machine)
+        store.journal.append("begin", _beginning(settings, workload, machine))
+        return state
+    known = state.settings, state.workload
+    if known != (settings, workload) or state.machine is None:
+        what = "settings" if state.settings != settings else "weights or data"
         raise StorageError(
-            f"{str(store.folder)!r} holds a run with other settings or data. Pass another --out, "
-            "or --restart to throw that run away."
+            f"{str(store.folder)!r} holds a run with other {what}. Pass another --out, or "
+            "--restart to throw that run away."
+        )
+    if state.verdict is None and not state.machine.same_hardware(machine):
+        raise StorageError(
+            f"The run in {str(store.folder)!r} was begun on another machine; its times don't hold "
+            "here. Pass another --out, or --restart."
         )
     return state
 
 
+def _beginning(settings: RunSettings, workload: WorkloadRecord, machine: Machine) -> dict[str, Any]:
+    parts = {"settings": settings, "workload": workload, "machine": machine}
+    return {name: part.model_dump(mode="json") for name, part in parts.items()}
+
+
 def read_state(store: RunStore) -> RunState:
-    """Everything a journal says; events of an unknown kind are passed over."""
+    """Everything a journal says; events of an unknown kind are passed over.
+
+    ``PlanError`` when an event can't be read, as after a change of the package's records.
+    """
     state = RunState()
+
+    def begin(data: Any) -> None:
+        state.settings = RunSettings.model_validate(data["settings"])
+        state.workload = WorkloadRecord.model_validate(data["workload"])
+        state.machine = Machine.model_validate(data["machine"])
 
     def finals(data: Any) -> None:
         state.final_facts[data["evaluation"]["artefact"]] = data
@@ -75,9 +97,7 @@ def read_state(store: RunStore) -> RunState:
         state.artefact = data["artefact"]
 
     readers: dict[str, Callable[[Any], None]] = {
-        "settings": lambda d: setattr(state, "settings", RunSettings.model_validate(d)),
-        "workload": lambda d: setattr(state, "workload", WorkloadRecord.model_validate(d)),
-        "machine": lambda d: setattr(state, "machine", Machine.model_validate(d)),
+        "begin": begin,
         "baseline": lambda d: setattr(state, "baseline", Evaluation.model_validate(d)),
         "profile": lambda d: setattr(state, "profile_path", d["path"]),
         "candidates": lambda d: setattr(
@@ -90,8 +110,13 @@ def read_state(store: RunStore) -> RunState:
         "verdict": verdict,
     }
     for kind, data in store.journal.events():
-        if kind in readers:
-            readers[kind](data)
+        try:
+            readers.get(kind, lambda _data: None)(data)
+        except (ValidationError, KeyError, TypeError):
+            raise PlanError(
+                f"The event {kind!r} in {str(store.journal.path)!r} can't be read by this version. "
+                "Pass another --out, or --restart to throw that run away."
+            ) from None
     return state
 
 
@@ -100,7 +125,7 @@ def draw_record(store: RunStore, state: RunState) -> RunRecord:
     assert state.settings is not None and state.baseline is not None
     assert state.workload is not None and state.machine is not None
     return RunRecord(
-        package_version=metadata.version("profiling-agent"),
+        package_version=package_version(),
         machine=state.machine,
         settings=state.settings,
         workload=state.workload,
@@ -118,6 +143,14 @@ def draw_record(store: RunStore, state: RunState) -> RunRecord:
         seconds=store.journal.spent(),
         warnings=tuple(state.warnings),
     )
+
+
+def package_version() -> str:
+    """The installed version, or the word for a source tree that never was installed."""
+    try:
+        return metadata.version("profiling-agent")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def save_record(store: RunStore, record: RunRecord) -> None:

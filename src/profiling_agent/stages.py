@@ -14,12 +14,13 @@ from torch import nn
 
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.deployment.artefact import read_manifest
+from profiling_agent.deployment.artefact import check_artefact, read_manifest
+from profiling_agent.deployment.runtimes import require_runtime
 from profiling_agent.errors import ArtefactError, DataError, PlanError
 from profiling_agent.evaluation.measure import FINAL, outcomes, race, score
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.machine.processor import describe_machine
-from profiling_agent.planning.check import check_plan, demand_plan
+from profiling_agent.planning.check import check_budget, check_plan, demand_plan
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.planner import Proposal, find_planner
 from profiling_agent.profiling.whole import profile_workload
@@ -82,9 +83,10 @@ def propose(
 ) -> Proposal:
     """The planner's next plan; ``PlanError`` when the profile doesn't fit or it has none.
 
-    Without a history there are no controls to start from; then every scheme counts as fast as the
-    original, and the plan is a first guess.
+    Without a history there are no controls to start from; then the plan is a first guess for the
+    torch runtime, from what the profile measured in eager mode.
     """
+    check_budget(budget)
     check_fits(known, describe_machine(), deployment)
     proposal = find_planner(planner).propose(known, history, budget, seed)
     if proposal is None:
@@ -115,7 +117,13 @@ def apply(
     touched; ``TrialError`` when it can't be carried out.
     """
     deployment = deployment or Deployment()
+    require_runtime(plan.runtime)
     with workload_of(model, data, weights, seed=seed) as (workload, _folder):
+        if plan.pruning and "search" not in workload.splits:
+            raise DataError(
+                "Pruning chooses and repairs units on calibration data; pass --data (labels are "
+                "not looked at)."
+            )
         known = profile_workload(
             workload, describe_machine(), deployment, with_sensitivity=False, with_widths=False
         )
@@ -134,7 +142,7 @@ def evaluate(
     seed: int = 0,
 ) -> Evaluation:
     """Measure an artefact beside the original on the test split; same protocol as the loop's."""
-    built = BuiltArtefact.model_validate(read_manifest(artefact)["built"])
+    built = check_artefact(artefact)
     deployment = deployment or Deployment()
     with workload_of(model, data, weights, test_data, seed) as (workload, folder):
         if "test" not in workload.splits:
@@ -186,7 +194,7 @@ def read_run(folder: Path) -> RunRecord:
     """The record of a run, from its folder alone; ``PlanError`` when there is none."""
     store = RunStore(folder)
     state = read_state(store)
-    if state.settings is None or state.baseline is None or state.workload is None:
+    if state.baseline is None or state.machine is None:
         raise PlanError(
             f"{str(folder)!r} holds no run that got as far as its baseline. Pass the folder that "
             "'profiling-agent optimize --out' named."

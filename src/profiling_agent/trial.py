@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from profiling_agent.acquisition.acquire import reopen
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.deployment.artefact import build_artefact
-from profiling_agent.errors import ProfilingAgentError
+from profiling_agent.errors import ProfilingAgentError, StorageError
 from profiling_agent.evaluation.measure import (
     TRIAL,
     Race,
@@ -54,6 +54,7 @@ from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
 BUILD_TIMEOUT_S = 1800.0
+MIN_TIMEOUT_S = 60.0
 
 
 class Builder(Protocol):
@@ -62,7 +63,9 @@ class Builder(Protocol):
     isolation: Any
 
     def profile(self, deployment: Deployment, seconds: float) -> Profile: ...
-    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> BuiltArtefact: ...
+    def build(
+        self, plan: Plan, folder: Path, deployment: Deployment, timeout_s: float = ...
+    ) -> BuiltArtefact: ...
     def pause(self) -> None: ...
     def close(self) -> None: ...
 
@@ -88,12 +91,21 @@ class LocalBuilder:
             compressor=self._compressor,
         )
 
-    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> BuiltArtefact:
-        """Carry a plan out into ``folder``; any ``ProfilingAgentError`` says why it can't be."""
+    def build(
+        self,
+        plan: Plan,
+        folder: Path,
+        deployment: Deployment,
+        timeout_s: float = BUILD_TIMEOUT_S,
+    ) -> BuiltArtefact:
+        """Carry a plan out into ``folder``; any ``ProfilingAgentError`` says why it can't be.
+
+        Nothing ends it here after ``timeout_s``; the worker's parent does.
+        """
         seed_everything(plan.seed)
         with threads(deployment.threads):
             compressed = self._compressor.compress(plan)
-            example = self._workload.example(max(2, deployment.batch_size))
+            example = self._workload.example(deployment.batch_size)
             one = self._workload.example(1)
             achieved = compressed.achieved.model_copy(
                 update={
@@ -132,20 +144,30 @@ class WorkerBuilder:
         answer = self._ask(request, timeout_s=4 * seconds + 600.0)
         return Profile.model_validate(answer["profile"])
 
-    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> BuiltArtefact:
+    def build(
+        self,
+        plan: Plan,
+        folder: Path,
+        deployment: Deployment,
+        timeout_s: float = BUILD_TIMEOUT_S,
+    ) -> BuiltArtefact:
         request = {
             "method": "build",
             "plan": _dump(plan),
             "folder": str(folder),
             "deployment": _dump(deployment),
         }
-        return BuiltArtefact.model_validate(self._ask(request, BUILD_TIMEOUT_S)["built"])
+        return BuiltArtefact.model_validate(self._ask(request, timeout_s)["built"])
 
     def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         if self._child is None or not self._child.alive:
             self.close()
             self._child = Child("profiling_agent.trial", memory_limit=self._memory_limit)
-            self._child.ask({"method": "open", "data": str(self._data)}, timeout_s=600.0)
+            try:
+                self._child.ask({"method": "open", "data": str(self._data)}, timeout_s=600.0)
+            except BaseException:
+                self.close()
+                raise
         return self._child.ask(request, timeout_s)
 
     def pause(self) -> None:
@@ -160,10 +182,10 @@ class WorkerBuilder:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The untouched model: an open predictor and what it got right."""
+    """The untouched model: how to open it, and the classes it predicts on search (samples,)."""
 
-    predictor: Predictor
-    search: np.ndarray  # predicted classes (samples,)
+    open: Callable[[], Predictor]
+    search: np.ndarray
 
 
 class TrialRunner:
@@ -201,7 +223,10 @@ class TrialRunner:
         protocol: TimingProtocol = TRIAL,
         deadline: float | None = None,
     ) -> Trial:
-        """A trial that is done, screened or failed; never raises for what the plan caused."""
+        """A trial that is done, screened or failed; never raises for what the plan caused.
+
+        ``deadline`` (on ``now``'s clock) ends a build that hangs and shortens the timing.
+        """
         start = now()
         trial = Trial(
             trial_id=trial_id,
@@ -214,13 +239,18 @@ class TrialRunner:
             isolation=self.builder.isolation,
         )
         try:
-            built = self.builder.build(plan, folder, self.deployment)
+            time_left = max(MIN_TIMEOUT_S, deadline - now()) if deadline else BUILD_TIMEOUT_S
+            built = self.builder.build(plan, folder, self.deployment, time_left)
             trial = trial.model_copy(update={"achieved": built.achieved})
             trial = self._evaluate(trial, built, folder, protocol, deadline)
+        except StorageError:
+            raise  # the user's to mend; the run continues from its journal
         except MemoryError:
             trial = trial.model_copy(update={"reason": "out of memory"})
-        except ProfilingAgentError as error:
-            trial = trial.model_copy(update={"reason": " ".join(str(error).split())[:1000]})
+        except Exception as error:  # the one broad except: a plan's fault must not end the run
+            kind = "" if isinstance(error, ProfilingAgentError) else f"{type(error).__name__}: "
+            reason = (kind + " ".join(str(error).split()))[:1000]
+            trial = trial.model_copy(update={"reason": reason})
         finally:
             self.builder.pause()
         return trial.model_copy(update={"seconds": now() - start})
@@ -243,7 +273,7 @@ class TrialRunner:
                 return trial.model_copy(update={"status": "screened", "reason": reason})
             accuracy = self._search_accuracy(predictor)
             times = race(
-                {"baseline": self.baseline.predictor, trial.trial_id: predictor},
+                {"baseline": self.baseline.open(), trial.trial_id: predictor},
                 self._data / "calibration",
                 protocol,
                 deadline,

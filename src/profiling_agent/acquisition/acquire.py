@@ -6,6 +6,7 @@ splits are written once, hashed, and found again by every fresh process.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -309,6 +310,15 @@ def _first_samples(shares: list[Share]) -> list[Mapping[str, np.ndarray]]:
     return [share.source.get(int(index)).inputs for index in share.indices[:2]]
 
 
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _record(
     model: nn.Module,
     source: WorkloadSource,
@@ -324,6 +334,7 @@ def _record(
         source=source,
         num_parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=sum(t.numel() * t.element_size() for t in stored),
+        model_sha256=_hash_weights(model),
         inputs=resolved.inputs,
         preprocessing=resolved.preprocessing,
         task=Task(num_classes=resolved.num_classes, class_names=class_names),

@@ -192,11 +192,18 @@ def _image_array(image: Any) -> np.ndarray:
 
 
 def _from_object(data: object, factory: object) -> Bundle:
-    """Live data; attributes are looked up on it, on its dataset, and on what made it."""
-    holders = (data, getattr(data, "dataset", None), factory)
+    """Live data; attributes are looked up on it, its parts, their datasets, and what made it."""
     named = _by_part(data)
     parts = {"all": data} if named is None else named
-    stated = next((v for v in (_stated(h, "preprocessing") for h in holders) if v is not None), {})
+    owners = (data, *(parts.values() if named is not None else ()), factory)
+    holders = [h for owner in owners for h in (owner, getattr(owner, "dataset", None))]
+    found = [value for h in holders if (value := _stated(h, "preprocessing")) is not None]
+    stated: Any = found[0] if found else {}
+    if any(value != stated for value in found[1:]):
+        raise DataError(
+            f"The parts of the data state different preprocessing ({stated} and "
+            f"{next(value for value in found if value != stated)}); one must hold for all."
+        )
     if not isinstance(stated, Mapping) and hasattr(stated, "model_dump"):
         stated = cast(Any, stated).model_dump()
     if not isinstance(stated, Mapping):

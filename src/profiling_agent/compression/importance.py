@@ -5,7 +5,8 @@
 ``obs``         growth of the consumers' squared error when the unit goes and the rest is refitted:
                 for unit j with columns J, ``tr(W_J (C^-1)_JJ^-1 W_J^T)`` (Optimal Brain Surgeon,
                 block form; Optimal Brain Compensation, 2608.17657). Weights and inverse are
-                updated as units go, in rounds, so later choices know of earlier ones.
+                updated as units go, so later choices know of earlier ones: of two units that do
+                the same, one goes and the other stays.
 
 One order serves every ratio: the kept sets are nested.
 """
@@ -24,6 +25,9 @@ from profiling_agent.compression.statistics import Moments
 from profiling_agent.records.plan import Importance
 
 NUM_ROUNDS = 16
+"""How often all units are scored anew."""
+POOL = 2
+"""Within a round, units are taken one by one from a pool this many times as large."""
 
 
 def removal_order(
@@ -100,6 +104,32 @@ class _Consumer:
         self.inverse -= self.inverse[:, gone] @ towards
 
 
+class _Pool:
+    """A consumer as far as some units, renumbered from 0, see each other."""
+
+    def __init__(self, consumer: _Consumer, units: Tensor) -> None:
+        columns = consumer.columns[units]
+        flat = columns.reshape(-1)
+        self.inverse = consumer.inverse[flat][:, flat]
+        weight = consumer.weight[:, flat]
+        self.energy = weight.T @ weight  # all that the scores need, whatever the outputs
+        self.columns = torch.arange(len(flat)).reshape(columns.shape)
+        self.scale = consumer.scale
+
+    def scores(self, alive: Tensor) -> Tensor:
+        columns = self.columns[alive]
+        rows, cols = columns[:, :, None], columns[:, None, :]
+        solved = torch.linalg.solve(self.inverse[rows, cols], self.energy[rows, cols])
+        return solved.diagonal(dim1=1, dim2=2).sum(1) * self.scale
+
+    def remove(self, unit: int) -> None:
+        gone = self.columns[unit]
+        towards = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
+        cross = self.energy[:, gone] @ towards
+        self.energy += towards.T @ self.energy[gone][:, gone] @ towards - cross - cross.T
+        self.inverse -= self.inverse[:, gone] @ towards
+
+
 def _surgeon_order(
     model: nn.Module, group: Group, known: list[Member], moments: Mapping[str, Moments]
 ) -> np.ndarray:
@@ -109,11 +139,24 @@ def _surgeon_order(
     step = max(1, group.width // NUM_ROUNDS)
     while len(alive):
         total = torch.stack([consumer.scores(alive) for consumer in consumers]).sum(0)
-        lowest = torch.argsort(total, stable=True)[:step]
-        order.append(alive[lowest])
+        pool = alive[torch.argsort(total, stable=True)[: POOL * step]]
+        chosen = _one_by_one([_Pool(consumer, pool) for consumer in consumers], len(pool), step)
+        order.append(pool[chosen])
         for consumer in consumers:
-            consumer.remove(alive[lowest])
-        mask = torch.ones(len(alive), dtype=torch.bool)
-        mask[lowest] = False
-        alive = alive[mask]
+            consumer.remove(pool[chosen])
+        alive = alive[~torch.isin(alive, pool[chosen])]
     return torch.cat(order).numpy()
+
+
+def _one_by_one(pools: list[_Pool], num_units: int, count: int) -> Tensor:
+    """The ``count`` units that are least missed, each after those before it are gone."""
+    alive = torch.arange(num_units)
+    chosen: list[int] = []
+    for _ in range(min(count, num_units)):
+        total = torch.stack([pool.scores(alive) for pool in pools]).sum(0)
+        lowest = int(alive[total.argmin()])
+        chosen.append(lowest)
+        for pool in pools:
+            pool.remove(lowest)
+        alive = alive[alive != lowest]
+    return torch.tensor(chosen)

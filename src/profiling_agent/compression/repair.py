@@ -87,10 +87,15 @@ def _least_squares(weight: Tensor, gram: Tensor, stay: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> int:
-    """Re-estimate the running statistics of all batch norms; returns how many there are."""
+    """Re-estimate the running statistics of all batch norms; returns how many there are.
+
+    Batches of a single sample are left out, since they have no variance; without any other batch
+    the statistics stay as they were.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
-    if not norms:
+    batches = [batch for batch in batches if len(next(iter(batch.values()))) > 1]
+    if not norms or not batches:
         return 0
     momenta = [norm.momentum for norm in norms]
     try:

@@ -100,6 +100,9 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
     padding = layer.padding
     assert isinstance(padding, tuple)
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = (0, 0)
     if layer.kernel_size == (1, 1) and padding == (0, 0):
         patches = x[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
     else:

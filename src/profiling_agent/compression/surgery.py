@@ -100,7 +100,9 @@ def restoring(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
         yield
     finally:
         for module, parameters, buffers, plain in before:
+            module._parameters.clear()
             module._parameters.update(parameters)
+            module._buffers.clear()
             module._buffers.update(buffers)
             vars(module).update(plain)
 

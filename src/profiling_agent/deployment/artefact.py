@@ -19,13 +19,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from profiling_agent.deployment.exporting import first_line
 from profiling_agent.deployment.lowered import Lowered, Runtime
 from profiling_agent.deployment.runtimes import INSTALL_LINES, get_runtime
 from profiling_agent.errors import ArtefactError, MissingDependency, StorageError, TrialError
-from profiling_agent.records.base import Record
+from profiling_agent.records.base import Record, describe_faults
 from profiling_agent.records.common import Deployment
 from profiling_agent.records.evaluation import Achieved, BuiltArtefact
 from profiling_agent.records.plan import Plan
@@ -99,25 +100,45 @@ def open_artefact(folder: Path, threads: int | None = None) -> ServedModel:
 
     ``ArtefactError`` says what is missing; ``MissingDependency`` which runtime to install.
     """
-    manifest = read_manifest(folder)
-    runtime = str(manifest.get("runtime"))
-    for package in _PACKAGES.get(runtime, ()):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependency(
-                f"The artefact {str(folder)!r} needs {package}. "
-                f"Install with: {INSTALL_LINES.get(runtime, f'pip install {package}')}"
-            )
-    for name in (SERVE, *manifest["built"]["model_files"]):
-        if not (folder / name).is_file():
-            raise ArtefactError(
-                f"The artefact {str(folder)!r} has no {name!r}. Copy the whole folder again."
-            )
+    check_artefact(folder)
     try:
         return _import_serve(folder / SERVE).Model(folder, threads)
     except Exception as error:  # a damaged file can fail in any way
         raise ArtefactError(
             f"The artefact {str(folder)!r} can't be opened: {first_line(error)}. Build it again."
         ) from error
+
+
+def check_artefact(folder: Path) -> BuiltArtefact:
+    """What the manifest says was built, once all files and the runtime are known to be there.
+
+    Raises ``ArtefactError`` or ``MissingDependency``.
+    """
+    built = read_built(folder)
+    runtime = built.runtime
+    for package in _PACKAGES.get(runtime, ()):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependency(
+                f"The artefact {str(folder)!r} needs {package}. "
+                f"Install with: {INSTALL_LINES.get(runtime, f'pip install {package}')}"
+            )
+    for name in (SERVE, *built.model_files):
+        if not (folder / name).is_file():
+            raise ArtefactError(
+                f"The artefact {str(folder)!r} has no {name!r}. Copy the whole folder again."
+            )
+    return built
+
+
+def read_built(folder: Path) -> BuiltArtefact:
+    """The part of the manifest that says what was built; ``ArtefactError`` when it is damaged."""
+    try:
+        return BuiltArtefact.model_validate(read_manifest(folder)["built"])
+    except ValidationError as error:
+        raise ArtefactError(
+            f"The manifest in {str(folder)!r} is damaged: {describe_faults(error)}. Build the "
+            "artefact again."
+        ) from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

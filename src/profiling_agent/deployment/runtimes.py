@@ -5,11 +5,19 @@ from __future__ import annotations
 from profiling_agent.deployment.lowered import Lowered, Runtime
 from profiling_agent.deployment.onnx_runtime import INSTALL_LINE, OnnxRuntime
 from profiling_agent.deployment.torch_runtime import TorchRuntime
-from profiling_agent.errors import PlanError
+from profiling_agent.errors import MissingDependency, PlanError
 from profiling_agent.records.common import Machine
 from profiling_agent.records.profile import RuntimeSchemes
 
-__all__ = ["INSTALL_LINES", "RUNTIMES", "Lowered", "Runtime", "available", "get_runtime"]
+__all__ = [
+    "INSTALL_LINES",
+    "RUNTIMES",
+    "Lowered",
+    "Runtime",
+    "available",
+    "get_runtime",
+    "require_runtime",
+]
 
 RUNTIMES: dict[str, Runtime] = {"torch": TorchRuntime(), "onnxruntime": OnnxRuntime()}
 INSTALL_LINES: dict[str, str] = {"torch": "pip install torch", "onnxruntime": INSTALL_LINE}
@@ -20,6 +28,15 @@ def get_runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise PlanError(f"There is no runtime {name!r} yet. Use one of {sorted(RUNTIMES)!r}.")
     return RUNTIMES[name]
+
+
+def require_runtime(name: str) -> None:
+    """``MissingDependency`` with the install line when the runtime exists but isn't installed."""
+    runtime = RUNTIMES.get(name)
+    if runtime is not None and runtime.version() is None:
+        raise MissingDependency(
+            f"The runtime {name!r} is not installed; install it with: {INSTALL_LINES[name]}."
+        )
 
 
 def available(machine: Machine) -> tuple[RuntimeSchemes, ...]:

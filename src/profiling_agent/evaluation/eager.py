@@ -27,6 +27,9 @@ class EagerModel:
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return self._workload.tensors(inputs)
 
+    def logits(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.run(self.prepare(inputs))
+
     def run(self, prepared: Mapping[str, Tensor]) -> np.ndarray:
         with torch.inference_mode():
             return compute_logits(self._workload.model, prepared).numpy()

@@ -7,8 +7,9 @@ neighbouring blocks, with a bootstrap interval over blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,19 @@ class Protocol:
     min_calls: int = 3
     warmup: int = 3
 
+    def suited_to(self, call_s: float) -> Protocol:
+        """The same for a model whose calls take long: fewer calls in a block, down to one and a
+        warm-up one."""
+        calls = max(1, min(self.min_calls, round(self.block_s / call_s)))
+        return replace(self, min_calls=calls, warmup=min(self.warmup, max(1, calls)))
 
+    def seconds(self, call_s: float, num_racers: int) -> float:
+        """About how long a race takes if every racer's calls take ``call_s``."""
+        block = max(self.block_s, self.min_calls * call_s) + self.warmup * call_s + 0.02
+        return self.num_blocks * num_racers * block
+
+
+MIN_BLOCKS = 5
 TRIAL = Protocol()
 FINAL = Protocol(num_blocks=24, block_s=0.2)
 
@@ -58,25 +71,34 @@ def race(
 ) -> Race:
     """Time all predictors in turn on the same samples; each is paused while another runs.
 
-    ``deadline`` (on ``now``'s clock) ends it early, with at least three rounds. A slow model gets
-    fewer rounds before the block's length counts.
+    ``deadline`` (on ``now``'s clock) ends it early, with at least five rounds: fewer can't carry a
+    95 % interval. ``TrialError`` names the one that failed.
     """
-    for predictor in predictors.values():
-        predictor.resume()
-        predictor.prepare(split)
     blocks: dict[str, list[list[float]]] = {name: [] for name in predictors}
-    for predictor in predictors.values():
-        predictor.time_block(0.0, 1, protocol.warmup)  # first calls compile and allocate
-        predictor.pause()
+    for name, predictor in predictors.items():
+        with _named(name):
+            predictor.resume()
+            predictor.prepare(split)
+            predictor.time_block(0.0, 1, protocol.warmup)  # first calls compile and allocate
+            predictor.pause()
     for done in range(protocol.num_blocks):
-        if deadline is not None and done >= 3 and now() > deadline:
+        if deadline is not None and done >= MIN_BLOCKS and now() > deadline:
             break
         for name, predictor in predictors.items():
-            predictor.resume()
-            calls = predictor.time_block(protocol.block_s, protocol.min_calls, protocol.warmup)
-            blocks[name].append(calls)
-            predictor.pause()
+            with _named(name):
+                predictor.resume()
+                calls = predictor.time_block(protocol.block_s, protocol.min_calls, protocol.warmup)
+                blocks[name].append(calls)
+                predictor.pause()
     return Race(blocks=blocks)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except TrialError as error:
+        raise TrialError(f"{name} failed while it was timed: {error}") from None
 
 
 def outcomes(logits: np.ndarray, num_classes: int) -> np.ndarray:

@@ -24,6 +24,8 @@ class Predictor(Protocol):
     def prepare(self, split: Path) -> None: ...
     def time_block(self, seconds: float, min_calls: int, warmup: int) -> list[float]: ...
     def memory_bytes(self) -> int | None: ...
+    @property
+    def alive(self) -> bool: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def close(self) -> None: ...
@@ -95,6 +97,10 @@ class ProbeProcess:
     def memory_bytes(self) -> int | None:
         return self._child.ask({"method": "memory"}, BLOCK_TIMEOUT_S)["bytes"]
 
+    @property
+    def alive(self) -> bool:
+        return self._child.alive
+
     def pause(self) -> None:
         self._child.pause()
 
@@ -132,6 +138,10 @@ class LivePredictor:
 
     def memory_bytes(self) -> int | None:
         return None  # this process holds much besides the model
+
+    @property
+    def alive(self) -> bool:
+        return True
 
     def pause(self) -> None:
         pass

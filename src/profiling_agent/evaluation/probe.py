@@ -27,6 +27,7 @@ from profiling_agent.machine.child import die_with_parent
 class _Model(Protocol):
     def prepare(self, inputs: dict[str, np.ndarray]) -> Any: ...
     def run(self, prepared: Any) -> np.ndarray: ...
+    def logits(self, inputs: dict[str, np.ndarray]) -> np.ndarray: ...
 
 
 class Probe:
@@ -48,10 +49,9 @@ class Probe:
         return {}
 
     def open_eager(self, data: str, threads: int) -> dict[str, Any]:
-        importlib.import_module("torch")
-        self._empty_bytes = _status_bytes("VmRSS")
         from profiling_agent.evaluation.eager import EagerModel
 
+        self._empty_bytes = _status_bytes("VmRSS")  # torch, and what is ours, is loaded by now
         self._model = EagerModel(Path(data), threads)
         return {}
 
@@ -67,7 +67,7 @@ class Probe:
         for start in range(0, total, batch_size):
             rows = slice(start, min(start + batch_size, total))
             raw = {name: np.asarray(array[rows]) for name, array in inputs.items()}
-            parts.append(np.asarray(self._model.run(self._model.prepare(raw)), dtype=np.float32))
+            parts.append(np.asarray(self._model.logits(raw), dtype=np.float32))
         np.save(out, np.concatenate(parts))
         return {"num_samples": total}
 

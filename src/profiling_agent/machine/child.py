@@ -21,6 +21,7 @@ from typing import Any
 from profiling_agent.errors import TrialError
 
 POLL_S = 0.25
+OBITUARY_S = 5.0
 LAST_WORDS = 2000
 
 
@@ -58,8 +59,15 @@ class Child:
             self._process.stdin.flush()
         except (BrokenPipeError, OSError, ValueError):
             raise TrialError(self._obituary()) from None
-        answer = json.loads(self._read_line(time.monotonic() + timeout_s, timeout_s))
-        if not answer.pop("ok"):
+        line = self._read_line(time.monotonic() + timeout_s, timeout_s)
+        try:
+            answer = json.loads(line)
+            succeeded = answer.pop("ok")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._kill()  # nobody knows which request its next line would answer
+            shown = line[:100].decode(errors="replace")
+            raise TrialError(f"The process printed {shown!r} in place of an answer.") from None
+        if not succeeded:
             raise TrialError(answer["error"])
         return answer
 
@@ -73,8 +81,8 @@ class Child:
                 if not chunk:
                     raise TrialError(self._obituary())
                 self._buffer += chunk
-                continue
-            self._check_limits(deadline, timeout_s)
+            if b"\n" not in self._buffer:
+                self._check_limits(deadline, timeout_s)
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
@@ -91,11 +99,13 @@ class Child:
             raise TrialError(f"No answer within {timeout_s:.0f} s; the process was ended.")
 
     def _obituary(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)
-        code = self._process.poll()
+        try:
+            code = self._process.wait(OBITUARY_S)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return "The process closed its output without an answer and was ended."
         words = self._last_words()
-        if code is not None and code < 0:
+        if code < 0:
             name = signal.Signals(-code).name
             hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
             return f"The process was ended by {name}{hint}.{words}"

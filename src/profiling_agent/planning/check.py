@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from profiling_agent.errors import PlanError
+from profiling_agent.errors import BudgetError, PlanError
+from profiling_agent.records.common import Budget
 from profiling_agent.records.patterns import assign, matches, units_kept
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile
 
 MAX_RATIO = 0.95
+MAX_DROP = 50.0
+
+
+def check_budget(budget: Budget) -> None:
+    """``BudgetError`` for a drop that makes no sense."""
+    drop = budget.max_drop
+    if drop < 0:
+        raise BudgetError(f"--max-drop is {drop!r}; give the points that may be lost, such as 0.5.")
+    if drop > MAX_DROP:
+        raise BudgetError(
+            f"--max-drop {drop:g} would allow a useless model; it is in points of accuracy (0.5 "
+            "is half a percent of the samples)."
+        )
 
 
 def check_plan(plan: Plan, profile: Profile, tried: Collection[str] = ()) -> str | None:
@@ -40,9 +54,8 @@ def _runtime(plan: Plan, profile: Profile) -> str | None:
         return None
     usable = [name for name, e in known.items() if e.schemes]
     why = f" ({entry.reason})" if entry is not None and entry.reason else ""
-    return (
-        f"The runtime {plan.runtime!r} can't be used here{why}; choose one of {', '.join(usable)}."
-    )
+    choice = f"choose one of {', '.join(usable)}" if usable else "none that is known can be"
+    return f"The runtime {plan.runtime!r} can't be used here{why}; {choice}."
 
 
 def _quantization(plan: Plan, profile: Profile) -> str | None:
@@ -52,11 +65,11 @@ def _quantization(plan: Plan, profile: Profile) -> str | None:
             f"The runtime {plan.runtime!r} has no scheme {scheme!r} on this processor; "
             f"choose one of {', '.join(schemes)}."
         )
-    names = [module.name for module in profile.modules if module.name]
+    names = [module.name for module in profile.modules if module.type.endswith("Linear")]
     for pattern in plan.quantization.keep_float:
         try:
             if not matches(pattern, names):
-                return _matches_nothing("keep_float", pattern, "layer", names)
+                return _matches_nothing("keep_float", pattern, "linear layer", names)
         except PlanError as error:
             return str(error)
     return None

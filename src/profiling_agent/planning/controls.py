@@ -27,7 +27,7 @@ from profiling_agent.planning.history import (
 )
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
-from profiling_agent.records.patterns import assign
+from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
@@ -53,10 +53,11 @@ def _proposal(
     history: Sequence[Trial],
     seed: int,
 ) -> Proposal:
+    widths = {group.id: group.width for group in profile.groups}
     lines = tuple(
         PruningLine(match=regex.escape(group_id, special_only=True), ratio=ratio)
         for group_id, ratio in sorted(ratios.items())
-        if ratio > 0
+        if units_kept(widths[group_id], ratio) < widths[group_id]
     )
     plan = Plan(
         seed=seed,
@@ -91,17 +92,18 @@ class Uniform:
             ratio = trial.plan.pruning[0].ratio
             if is_feasible(trial, budget):
                 low = max(low, ratio)
-            elif trial.status != "failed":
+            else:  # a failed one too, or it would be proposed for ever
                 high = min(high, ratio)
         ratio = UNIFORM_FIRST if not mine else round((low + high) / 2, 4)
         if mine and high - low < UNIFORM_STEP:
             return None
         ratios = {group.id: ratio for group in profile.groups}
-        return _proposal(pair, ratios, f"{ratio:.0%} everywhere", profile, history, seed)
+        proposal = _proposal(pair, ratios, f"{ratio:.0%} everywhere", profile, history, seed)
+        return proposal if proposal.plan.pruning else None  # too little to remove a single unit
 
 
 class Random:
-    """Every group's ratio drawn from the measured ones; the scale of the draw is drawn too."""
+    """Every group's ratio drawn at random; the scale of the draw is drawn too."""
 
     name = "random"
 

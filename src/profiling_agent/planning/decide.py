@@ -176,7 +176,7 @@ def _accept(
     evidence = evidence_of(final, budget)
     assert final.drop is not None
     reason = (
-        f"{final.trial.trial_id} loses {final.drop.estimate:.2f} points on "
+        f"{final.trial.trial_id} {_loss_words(final.drop)} on "
         f"{final.drop.num_samples:,} test samples (budget {budget.max_drop:g})"
         f"{_gain_words(final, control, budget)}."
     )
@@ -188,6 +188,12 @@ def _accept(
             f"about {more:,} test samples." if more else "more test samples."
         )
     return _verdict("ACCEPT", evidence, reason, step, final, control, baseline, num_tested)
+
+
+def _loss_words(drop: Interval) -> str:
+    if drop.estimate > 0:
+        return f"loses {drop.estimate:.2f} points"
+    return "loses nothing" + (f" (gains {-drop.estimate:.2f} points)" if drop.estimate < 0 else "")
 
 
 def _gain_words(final: Final, control: Final | None, budget: Budget) -> str:
@@ -242,10 +248,12 @@ def _infeasible(
 ) -> Verdict:
     losses = [drop for trial in trials if (drop := search_drop(trial)) is not None]
     failed = sum(1 for trial in trials if trial.status == "failed")
-    if not losses:
+    if not losses and failed:
         reason = f"All {failed} trials failed; the first reason: " + next(
             (trial.reason for trial in trials if trial.reason), "none was given"
         )
+    elif not losses:
+        reason = "No trial was made: the time budget is too short, or no runtime can be used."
     else:
         reason = (
             f"No artefact is better than the original within a drop of {budget.max_drop:g} points "

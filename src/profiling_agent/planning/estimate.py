@@ -84,24 +84,21 @@ class LayerGain:
 def layer_gains(profile: Profile, history: Sequence[Trial], pair: Pair) -> list[LayerGain]:
     """The gain of int8, measured between the runtime's controls, shared out over the layers.
 
-    Each layer's part follows its own measured gain in eager mode. Empty for a float scheme, or
-    when a control is missing.
+    Each layer's part follows its own measured gain in eager mode; before there are controls, that
+    gain itself is used. Empty for a float scheme, or when just one of the two controls is missing.
     """
     if not pair.scheme.startswith("int8"):
-        return []
-    measured = controls(history)
-    whole = measured.get(Pair(runtime=pair.runtime, scheme="fp32"))
-    small = measured.get(pair)
-    float_time = relative_latency(whole) if whole else None
-    int8_time = relative_latency(small) if small else None
-    if float_time is None or int8_time is None:
         return []
     gains = {
         layer.name: max(0.0, (layer.float_ms or 0.0) - (layer.int8_ms or 0.0))
         for layer in profile.layers
     }
     total = sum(gains.values())
-    difference = float_time - int8_time
+    difference = _measured_gain(history, pair)
+    if not controls(history) and profile.total is not None:
+        difference = total / profile.total.median_ms
+    if difference is None:
+        return []
     return [
         LayerGain(
             name=layer.name,
@@ -110,6 +107,26 @@ def layer_gains(profile: Profile, history: Sequence[Trial], pair: Pair) -> list[
         )
         for layer in profile.layers
     ]
+
+
+def _measured_gain(history: Sequence[Trial], pair: Pair) -> float | None:
+    measured = controls(history)
+    whole, small = measured.get(Pair(runtime=pair.runtime, scheme="fp32")), measured.get(pair)
+    float_time = relative_latency(whole) if whole else None
+    int8_time = relative_latency(small) if small else None
+    return None if float_time is None or int8_time is None else float_time - int8_time
+
+
+def base_latency(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
+    """Latency over the baseline's of a scheme without pruning: its control's.
+
+    Before there are controls, the original's less what int8 saved its layers in eager mode.
+    """
+    control = controls(history).get(pair)
+    measured = relative_latency(control) if control else None
+    if measured is not None:
+        return measured
+    return max(0.02, 1.0 - sum(gain.saved for gain in layer_gains(profile, history, pair)))
 
 
 def predict_kl(profile: Profile, plan: Plan) -> float:

@@ -20,9 +20,11 @@ from scipy.sparse import csr_array
 from profiling_agent.planning.estimate import (
     LayerGain,
     Option,
+    base_latency,
     group_options,
     layer_gains,
     predict_kl,
+    predict_saved_share,
     saving_scale,
 )
 from profiling_agent.planning.history import (
@@ -35,8 +37,9 @@ from profiling_agent.planning.history import (
 )
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
+from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
-from profiling_agent.records.profile import Profile
+from profiling_agent.records.profile import GroupCost, Profile
 from profiling_agent.records.trial import Trial
 
 KL_PER_POINT = 0.02
@@ -58,7 +61,7 @@ class Solver:
         """The most promising untried plan over all runtimes and schemes, or ``None``."""
         tried = {trial.plan.plan_id for trial in history}
         best: tuple[float, Proposal] | None = None
-        for pair in _worth_trying(history, budget):
+        for pair in _worth_trying(profile, history, budget):
             proposal = _propose_for(pair, profile, history, budget, seed, tried)
             if proposal is None:
                 continue
@@ -68,13 +71,17 @@ class Solver:
         return best[1] if best else None
 
 
-def _worth_trying(history: Sequence[Trial], budget: Budget) -> list[Pair]:
+def _worth_trying(profile: Profile, history: Sequence[Trial], budget: Budget) -> list[Pair]:
     """Pairs whose control was measured; those that already lost far too much only if int8.
 
     A float scheme over the budget can't be saved by pruning; an int8 one can keep layers float.
     """
+    measured = controls(history)
+    if not measured:  # a first guess, from what the profile measured in eager mode
+        schemes = profile.schemes("torch")
+        return [Pair(runtime="torch", scheme=scheme) for scheme in schemes]
     pairs: list[Pair] = []
-    for pair, trial in controls(history).items():
+    for pair, trial in measured.items():
         hopeless = not is_feasible(trial, budget) and not pair.scheme.startswith("int8")
         if not hopeless and relative_latency(trial) is not None:
             pairs.append(pair)
@@ -87,7 +94,8 @@ def _promise(
     """The predicted objective: time, or the control's size or memory shrunk by what is pruned."""
     if budget.objective in ("latency", "throughput"):
         return proposal.relative_latency or math.inf
-    evaluation = controls(history)[pair].evaluation
+    control = controls(history).get(pair)
+    evaluation = control.evaluation if control else None
     value = None
     if evaluation is not None:
         value = evaluation.size_bytes if budget.objective == "size" else evaluation.memory_bytes
@@ -97,8 +105,6 @@ def _promise(
 
 
 def _removed_share(profile: Profile, plan: Plan) -> float:
-    from profiling_agent.records.patterns import assign, units_kept
-
     groups = {group.id: group for group in profile.groups}
     removed = sum(
         (groups[i].width - units_kept(groups[i].width, line.ratio)) * groups[i].parameters_per_unit
@@ -169,21 +175,24 @@ def solve(
     allowance: float,
 ) -> Proposal | None:
     """The fastest plan of a runtime and scheme whose predicted divergence fits the allowance."""
-    base = relative_latency(controls(history)[pair]) or 1.0
+    base = base_latency(profile, history, pair)
     scale = saving_scale(profile, history, pair) * base
-    options = {group.id: group_options(profile, group) for group in profile.groups}
-    options = {group_id: choices for group_id, choices in options.items() if choices}
-    if budget.objective in ("size", "memory"):
-        options = {i: _by_parameters(profile, i, choices) for i, choices in options.items()}
     gains = layer_gains(profile, history, pair)
-    chosen = _knapsack(options, gains, scale, allowance)
+    if budget.objective in ("size", "memory"):
+        options = {group.id: _by_parameters(profile, group) for group in profile.groups}
+        options = {group_id: choices for group_id, choices in options.items() if choices}
+        chosen = _knapsack(options, _gains_by_parameters(profile, gains), 1.0, allowance)
+    else:
+        options = {group.id: group_options(profile, group) for group in profile.groups}
+        options = {group_id: choices for group_id, choices in options.items() if choices}
+        chosen = _knapsack(options, gains, scale, allowance)
     if chosen is None:
         return None
     ratios, floats = chosen
     if not ratios and not floats:
         return None
     plan = _plan(pair, ratios, floats, seed, allowance)
-    saved = scale * sum(_option(options[i], ratio).saved for i, ratio in ratios.items())
+    saved = scale * predict_saved_share(profile, plan)
     lost = sum(gain.saved for gain in gains if gain.name in floats)
     return Proposal(
         plan=plan,
@@ -192,14 +201,26 @@ def solve(
     )
 
 
-def _by_parameters(profile: Profile, group_id: str, options: list[Option]) -> list[Option]:
-    group = profile.group(group_id)
-    unit = group.parameters_per_unit * group.width / max(1, profile.num_parameters)
-    return [Option(ratio=o.ratio, saved=o.ratio * unit, kl=o.kl) for o in options]
+def _by_parameters(profile: Profile, group: GroupCost) -> list[Option]:
+    """The options of a group by the share of the model's parameters that they remove."""
+    options: list[Option] = []
+    kl = 0.0
+    for point in sorted(group.sensitivity, key=lambda p: p.ratio):
+        kl = max(kl, point.kl)
+        removed = group.width - units_kept(group.width, point.ratio)
+        saved = removed * group.parameters_per_unit / max(1, profile.num_parameters)
+        if removed > 0:
+            options.append(Option(ratio=point.ratio, saved=saved, kl=kl))
+    return options
 
 
-def _option(options: list[Option], ratio: float) -> Option:
-    return next(option for option in options if option.ratio == ratio)
+def _gains_by_parameters(profile: Profile, gains: list[LayerGain]) -> list[LayerGain]:
+    """Int8 takes a quarter of the bytes of every layer's parameters."""
+    sizes = {module.name: module.num_parameters for module in profile.modules}
+    total = max(1, profile.num_parameters)
+    return [
+        LayerGain(name=g.name, saved=0.75 * sizes.get(g.name, 0) / total, kl=g.kl) for g in gains
+    ]
 
 
 def _knapsack(
@@ -230,7 +251,7 @@ def _knapsack(
         constraints=constraints,
         integrality=np.ones(len(saved), dtype=np.int64),
         bounds=Bounds(0, 1),
-        options={"time_limit": 10.0, "mip_rel_gap": 1e-4},
+        options={"node_limit": 20_000, "mip_rel_gap": 1e-4},  # not seconds: plans must repeat
     )
     if result.x is None:
         return None

@@ -67,7 +67,6 @@ class Achieved(Record):
     widths: dict[str, tuple[int, int]] = Field(description="group id to (before, after)")
     num_int8_layers: int
     float_layers: tuple[str, ...] = ()
-    undone: tuple[NotMeasured, ...] = Field(default=(), description="groups undone, with reasons")
 
 
 class BuiltArtefact(Record):

@@ -33,7 +33,8 @@ class Journal:
         line = json.dumps(event, ensure_ascii=False)
         try:
             self._end_broken_line()
-            with self.path.open("a", encoding="utf-8") as file:
+            # a lone surrogate (from an undecodable file name) becomes its own JSON escape
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -57,7 +58,9 @@ class Journal:
     def _read(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # not splitlines(), which also splits at characters that JSON leaves as they are
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        lines = text.removesuffix("\n").split("\n")
         for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
@@ -78,4 +81,16 @@ class Journal:
         if not content.endswith(b"\n"):
             whole = content.rfind(b"\n") + 1
             with self.path.open("r+b") as file:
-                file.truncate(whole)
+                if _is_event(content[whole:]):  # only its end is missing; it was read as whole
+                    file.seek(0, os.SEEK_END)
+                    file.write(b"\n")
+                else:
+                    file.truncate(whole)
+
+
+def _is_event(line: bytes) -> bool:
+    try:
+        event = json.loads(line)
+        return "kind" in event and "data" in event
+    except (ValueError, TypeError):
+        return False

@@ -40,11 +40,11 @@ class Plan(Record):
     """One complete proposal. The first matching pruning line wins.
 
     >>> Plan(runtime="torch", quantization=Quantization(scheme="int8-dynamic")).plan_id
-    'e9d0f2d5e1a0c9f1'
+    '19a94f4f72f6b330'
     """
 
     schema_version: Literal[1] = 1
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     runtime: RuntimeName
     pruning: tuple[PruningLine, ...] = Field(default=(), max_length=1000)
     quantization: Quantization = Quantization()

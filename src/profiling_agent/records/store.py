@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from profiling_agent.errors import StorageError
 from profiling_agent.records.journal import Journal
@@ -44,11 +50,47 @@ class RunStore:
     def artefact(self) -> Path:
         return self.folder / "artefact"
 
+    @property
+    def holds_run(self) -> bool:
+        return self.journal.path.exists()
+
+    def clear(self) -> None:
+        """Throw the run away, and nothing else that may lie in the folder."""
+        if not self.holds_run:
+            return
+        try:
+            for folder in (self.data, self.artefact, self.folder / "trials"):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            for file in (self.profile, self.run_record, self.report, self.journal.path):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"Can't throw away the run in {str(self.folder)!r}: {error}. Pass another --out."
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Generator[None]:
+        """Keeps a second process out for as long as the block lasts; ``StorageError`` for it."""
+        with self.journal.path.open("a") as file:
+            _lock(file, self.folder)
+            yield
+
     def trial(self, trial_id: str) -> Path:
         return self.folder / "trials" / trial_id
 
     def create(self) -> None:
-        """Make the folder and prove that it can be written; ``StorageError`` otherwise."""
+        """Make the folder and prove that it can be written.
+
+        ``StorageError`` when it can't, or when it holds other things than a run: nothing of
+        another's is ever written over.
+        """
+        with contextlib.suppress(OSError):
+            if self.folder.is_dir() and any(self.folder.iterdir()) and not self.holds_run:
+                raise StorageError(
+                    f"{str(self.folder)!r} holds other things than a run. Pass a new folder with "
+                    "--out."
+                ) from None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -60,14 +102,44 @@ class RunStore:
             ) from None
 
 
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such lock on this system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise StorageError(
+            f"Another process is working in {str(folder)!r}. Wait for it or pass another --out."
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write atomically; ``StorageError`` when the disk refuses."""
+    """Write a text file atomically; ``StorageError`` when the disk refuses."""
+    _write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an ``.npy`` file atomically; ``StorageError`` when the disk refuses."""
+    _write(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def read_array(path: Path) -> np.ndarray | None:
+    """The array of an ``.npy`` file, or ``None`` when there is none that is whole."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                fill(file)
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:

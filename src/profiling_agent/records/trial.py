@@ -91,7 +91,7 @@ class RunSettings(Record):
     deployment: Deployment
     planner: str = "solver"
     runtimes: tuple[str, ...] = ("torch", "onnxruntime")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class RunRecord(Record):

@@ -70,6 +70,7 @@ class WorkloadRecord(Record):
     source: WorkloadSource
     num_parameters: int
     weight_bytes: int
+    model_sha256: str = Field(description="of the names and values of all weights and buffers")
     inputs: tuple[InputSpec, ...]
     preprocessing: Preprocessing
     task: Task

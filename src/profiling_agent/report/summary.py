@@ -145,11 +145,6 @@ def not_measured(record: RunRecord) -> tuple[str, ...]:
         evaluation = _evaluation(record, trial)
         if evaluation is not None:
             gaps += _gaps(trial.trial_id, evaluation)
-        if trial.achieved is not None:
-            gaps += [
-                f"{trial.trial_id}, {printable(gap.what)} undone: {printable(gap.reason, 400)}"
-                for gap in trial.achieved.undone
-            ]
     return tuple(dict.fromkeys(gaps))
 
 

@@ -1,0 +1,242 @@
+"""One whole run through the command line, looked at from all sides; and runs that are cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from profiling_agent.finish import final_protocol
+from profiling_agent.planning.planner import find_planner
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.store import RunStore
+from profiling_agent.records.trial import EXIT_CODES, RunRecord
+from profiling_agent.run_state import read_state
+from small_workload import make_data, train, write_project
+
+MAX_DROP = 2.0
+
+
+def command(project: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "profiling_agent.cli", "optimize", f"{project / 'model.py'}:model",
+        "--weights", str(project / "weights.safetensors"),
+        "--data", f"{project / 'data.py'}:val",
+        "--max-drop", str(MAX_DROP), "--time-budget", "75s", "--max-trials", "2",
+        "--threads", "1", "--out", str(out), "--json", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def run(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
+    """A finished run: its folder and what ``--json`` printed."""
+    out = tmp_path_factory.mktemp("run") / "result"
+    done = subprocess.run(command(project, out), capture_output=True, text=True, timeout=280)
+    assert "Traceback" not in done.stderr, done.stderr
+    record = RunRecord.model_validate_json(done.stdout)
+    assert record.verdict is not None
+    assert done.returncode == EXIT_CODES[record.verdict.kind], done.stderr
+    return out, record
+
+
+class TestWholeRun:
+    def test_ends_within_the_time_budget(self, run: tuple[Path, RunRecord]) -> None:
+        assert run[1].seconds <= 1.1 * 75
+
+    def test_measures_every_control_of_every_runtime(self, run: tuple[Path, RunRecord]) -> None:
+        controls = {trial.label for trial in run[1].trials if trial.is_control}
+        assert {"torch fp32", "torch int8-dynamic"} <= controls
+
+    def test_the_record_on_disk_is_the_one_printed(self, run: tuple[Path, RunRecord]) -> None:
+        out, record = run
+        assert RunRecord.read(out / "run.json") == record
+
+    def test_splits_are_apart(self, run: tuple[Path, RunRecord]) -> None:
+        splits = run[1].workload.splits
+        assert {split.name for split in splits} == {"calibration", "search", "test"}
+        assert len({split.sha256 for split in splits}) == 3
+        assert sum(split.num_samples for split in splits) == 3000
+
+    def test_candidates_are_journalled_before_the_test_split_is_opened(
+        self, run: tuple[Path, RunRecord]
+    ) -> None:
+        kinds = [kind for kind, _ in RunStore(run[0]).journal.events()]
+        assert kinds.index("candidates") < kinds.index("final")
+        assert max(i for i, k in enumerate(kinds) if k == "trial") < kinds.index("candidates")
+        for trial in run[1].trials:
+            assert trial.evaluation is None or trial.evaluation.on("test") is None
+
+    def test_the_verdict_follows_from_what_was_measured(self, run: tuple[Path, RunRecord]) -> None:
+        record = run[1]
+        verdict = record.verdict
+        assert verdict is not None and verdict.trial_id is not None
+        final = next(e for e in record.final if e.artefact == verdict.trial_id)
+        assert final.speedup is not None and final.speedup.ratio == verdict.speedup
+        assert verdict.drop is not None and verdict.drop.estimate <= MAX_DROP
+        if verdict.kind == "ACCEPT":
+            assert verdict.speedup_over_control is not None
+            assert verdict.speedup_over_control.low > 1.0
+
+    def test_the_artefact_gives_the_reported_accuracy_without_our_package(
+        self, run: tuple[Path, RunRecord]
+    ) -> None:
+        out, record = run
+        assert record.verdict is not None
+        final = next(e for e in record.final if e.artefact == record.verdict.trial_id)
+        accuracy = final.on("test")
+        assert accuracy is not None
+        assert served_accuracy(out) == accuracy.value
+
+    def test_plans_are_a_pure_function_of_profile_journal_and_seed(
+        self, run: tuple[Path, RunRecord]
+    ) -> None:
+        out, record = run
+        profile = Profile.read(out / "profile.json")
+        planner = find_planner(record.settings.planner)
+        history = [trial for trial in record.trials if trial.is_control]
+        ours = [trial for trial in record.trials if not trial.is_control]
+        assert ours, "the time budget allows at least one plan"
+        for trial in ours:
+            proposal = planner.propose(profile, tuple(history), record.settings.budget, 0)
+            assert proposal is not None and proposal.plan == trial.plan
+            history.append(trial)
+
+    def test_achieved_ratios_are_counted(self, run: tuple[Path, RunRecord]) -> None:
+        for trial in run[1].trials:
+            if trial.status == "done" and trial.plan.pruning:
+                assert trial.achieved is not None and trial.achieved.macs is not None
+                assert trial.achieved.num_parameters < trial.achieved.original_parameters
+                assert trial.achieved.macs < (trial.achieved.original_macs or 0)
+
+    def test_the_report_is_redrawn_from_the_folder_alone(
+        self, run: tuple[Path, RunRecord], tmp_path: Path
+    ) -> None:
+        out, record = run
+        copy = tmp_path / "copy"
+        shutil.copytree(out, copy)
+        shutil.rmtree(copy / "data")
+        before = (copy / "report.html").read_text()
+        for name in ("report.html", "run.json"):
+            (copy / name).unlink()
+        done = cli("report", str(copy), "--json")
+        assert done.returncode == 0, done.stderr
+        assert RunRecord.model_validate_json(done.stdout) == record
+        assert (copy / "report.html").read_text() == before
+
+    def test_a_finished_run_is_not_run_again(
+        self, run: tuple[Path, RunRecord], project: Path
+    ) -> None:
+        out, record = run
+        journal = (out / "journal.jsonl").read_bytes()
+        done = subprocess.run(command(project, out), capture_output=True, text=True, timeout=120)
+        assert RunRecord.model_validate_json(done.stdout) == record
+        assert (out / "journal.jsonl").read_bytes() == journal
+
+    def test_another_budget_in_the_same_folder_is_refused(
+        self, run: tuple[Path, RunRecord], project: Path
+    ) -> None:
+        more = command(project, run[0], "--seed", "1")
+        done = subprocess.run(more, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 4
+        assert "--restart" in done.stderr
+
+
+def served_accuracy(out: Path) -> float:
+    """Percent right on the run's test split, in a process that can't import this package."""
+    batch_of_one = """
+import sys, json
+sys.modules["profiling_agent"] = None
+import numpy as np
+sys.path.insert(0, sys.argv[1] + "/artefact")
+import serve
+data = np.load(sys.argv[1] + "/data/test/" + sys.argv[2])
+labels = np.load(sys.argv[1] + "/data/test/labels.npy")
+model = serve.Model(sys.argv[1] + "/artefact")
+right = sum(int(model.logits(data[i:i + 1]).argmax(1)[0] == labels[i]) for i in range(len(data)))
+print(100.0 * (right / len(data)))
+"""
+    name = next(p.name for p in (out / "data" / "test").glob("*.npy") if p.stem != "labels")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", batch_of_one, str(out), name],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return float(done.stdout)
+
+
+def cli(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "profiling_agent.cli", *arguments],
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_a_killed_run_continues_and_measures_nothing_twice(project: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result"
+    more = ["--runtime", "torch", "--max-trials", "1"]
+    process = subprocess.Popen(
+        command(project, out, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    journal = out / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if journal.exists() and '"kind": "trial"' in journal.read_text():
+            break
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with journal.open("a") as file:
+        file.write('{"kind": "trial", "data": {"tri')
+    before = [t.trial_id for t in read_state(RunStore(out)).trials]
+    kept = read_state(RunStore(out)).trials[0]
+    assert before
+    done = subprocess.run(command(project, out, *more), capture_output=True, text=True, timeout=250)
+    record = RunRecord.model_validate_json(done.stdout)
+    assert record.verdict is not None
+    assert record.trials[0] == kept
+    ids = [trial.trial_id for trial in record.trials]
+    assert len(ids) == len(set(ids)) and ids[: len(before)] == before
+
+
+def test_a_live_module_goes_through_the_same_loop(tmp_path: Path) -> None:
+    from profiling_agent import optimize
+
+    net = train()
+    weights = {name: value.clone() for name, value in net.state_dict().items()}
+    result = optimize(
+        net,
+        make_data(2400, seed=2),
+        max_drop=MAX_DROP,
+        out=tmp_path / "live",
+        time_budget=45,
+        max_trials=1,
+        threads=1,
+        runtimes=("torch",),
+        show_progress=False,
+    )
+    assert result.verdict is not None
+    assert {trial.isolation for trial in result.trials} == {"none"}
+    assert any("live object" in warning for warning in result.warnings)
+    for name, value in net.state_dict().items():
+        assert np.array_equal(value.numpy(), weights[name].numpy())
+
+
+def test_the_last_race_is_never_too_short_to_carry_an_interval() -> None:
+    assert final_protocol(10.0, 0.001).num_blocks >= 8
+    assert final_protocol(1e6, 0.001).num_blocks == 24
+
+
+def test_json_keeps_stdout_clean(run: tuple[Path, RunRecord]) -> None:
+    json.loads((run[0] / "run.json").read_text())
