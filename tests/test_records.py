@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from profiling_agent.errors import PlanError, StorageError
@@ -13,7 +14,7 @@ from profiling_agent.records.common import Budget
 from profiling_agent.records.evaluation import BuiltArtefact
 from profiling_agent.records.journal import Journal
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
-from profiling_agent.records.store import RunStore, write_text
+from profiling_agent.records.store import RunStore, read_array, write_array, write_text
 from profiling_agent.records.trial import EXIT_CODES, Rejection
 from record_factory import (
     make_achieved,
@@ -256,3 +257,40 @@ def test_a_run_keeps_its_things_below_its_folder(tmp_path: Path) -> None:
     assert {p.parent for p in (store.profile, store.run_record, store.report, store.artefact)} == {
         store.folder
     }
+
+
+class TestRunFolder:
+    def test_a_folder_of_another_is_refused_and_left_as_it_was(self, tmp_path: Path) -> None:
+        mine = tmp_path / "thesis.txt"
+        mine.write_text("years of work")
+        with pytest.raises(StorageError, match="other things"):
+            RunStore(tmp_path).create()
+        RunStore(tmp_path).clear()
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+    def test_clearing_a_run_leaves_everything_else(self, tmp_path: Path) -> None:
+        store = RunStore(tmp_path / "run")
+        store.create()
+        store.journal.append("begin", {})
+        (store.folder / "notes.txt").write_text("keep me")
+        (store.data / "search").mkdir(parents=True)
+        store.clear()
+        assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
+
+    def test_a_second_process_is_kept_out(self, tmp_path: Path) -> None:
+        store = RunStore(tmp_path / "run")
+        store.create()
+        with (
+            store.locked(),
+            pytest.raises(StorageError, match="Another process"),
+            RunStore(tmp_path / "run").locked(),
+        ):
+            pass
+
+    def test_a_cut_off_array_counts_as_missing(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.npy"
+        write_array(path, np.arange(10))
+        assert np.array_equal(read_array(path), np.arange(10))
+        path.write_bytes(path.read_bytes()[:-9])
+        assert read_array(path) is None
+        assert read_array(tmp_path / "none.npy") is None

@@ -315,7 +315,12 @@ def _record(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except ValidationError as error:
-        raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
+        words = re.sub(
+            r"field '(?:\w+\.)*(\w+)'",
+            lambda found: "--" + found[1].replace("_", "-"),
+            describe_faults(error),
+        )
+        raise BudgetError(f"These settings can't be used: {words}.") from None
 
 
 def _show(json: str | None, render: Callable[[], Any]) -> None:

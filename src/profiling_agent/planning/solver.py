@@ -2,15 +2,19 @@
 
 For one runtime and scheme: choose a width for every group and int8 or float for every layer, so
 that the predicted time is smallest while the divergences add up to no more than an *allowance*.
-That is a multiple-choice knapsack, solved exactly by HiGHS. The allowance, which stands between
-divergence and accuracy, is not known beforehand; the trials find it: it is doubled after a
-feasible trial, and halved (in logarithms) between the best feasible and the least infeasible one.
+That is a multiple-choice knapsack, solved to one part in 10,000 by HiGHS. The allowance, which
+stands between divergence and accuracy, is not known beforehand; the trials find it: it is doubled
+after a feasible trial, and halved (in logarithms) between the best feasible and the least
+infeasible one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import regex
@@ -77,7 +81,7 @@ def _worth_trying(profile: Profile, history: Sequence[Trial], budget: Budget) ->
     A float scheme over the budget can't be saved by pruning; an int8 one can keep layers float.
     """
     measured = controls(history)
-    if not measured:  # a first guess, from what the profile measured in eager mode
+    if not history:  # a first guess, from what the profile measured in eager mode
         schemes = profile.schemes("torch")
         return [Pair(runtime="torch", scheme=scheme) for scheme in schemes]
     pairs: list[Pair] = []
@@ -246,13 +250,14 @@ def _knapsack(
     # a hair against pruning for nothing; and a hair for int8 where time can't tell
     worth = saved - 1e-7
     worth[len(items) :] += 2e-7
-    result = milp(
-        -worth,
-        constraints=constraints,
-        integrality=np.ones(len(saved), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        options={"node_limit": 20_000, "mip_rel_gap": 1e-4},  # not seconds: plans must repeat
-    )
+    with _stdout_untouched():
+        result = milp(
+            -worth,
+            constraints=constraints,
+            integrality=np.ones(len(saved), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            options={"node_limit": 20_000, "mip_rel_gap": 1e-4},  # not seconds: plans must repeat
+        )
     if result.x is None:
         return None
     take = result.x > 0.5
@@ -261,6 +266,19 @@ def _knapsack(
     if gains and len(floats) == len(gains):
         return None  # int8 that quantizes nothing is the float scheme's business
     return ratios, floats
+
+
+@contextmanager
+def _stdout_untouched() -> Generator[None]:
+    """HiGHS prints a line now and then whatever it is told; a record on stdout must stay whole."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _plan(

@@ -13,7 +13,7 @@ from profiling_agent.errors import PlanError
 
 
 class Record(BaseModel):
-    """A frozen value; two records with the same fields are equal and hash alike.
+    """A frozen value; two records with the same fields are equal.
 
     >>> class Point(Record):
     ...     x: int

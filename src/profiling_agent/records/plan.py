@@ -32,7 +32,7 @@ class Quantization(Record):
     """A scheme of the plan's runtime; layers matching a ``keep_float`` pattern stay float."""
 
     scheme: str = Field(default="fp32", max_length=40)
-    keep_float: tuple[str, ...] = Field(default=(), max_length=200)
+    keep_float: tuple[str, ...] = Field(default=(), max_length=1000)
     why: str = Field(default="", max_length=2000)
 
 

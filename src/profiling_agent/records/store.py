@@ -54,6 +54,11 @@ class RunStore:
     def holds_run(self) -> bool:
         return self.journal.path.exists()
 
+    def _is_foreign(self) -> bool:
+        with contextlib.suppress(OSError):  # one that can't be listed fails at writing, in words
+            return self.folder.is_dir() and any(self.folder.iterdir()) and not self.holds_run
+        return False
+
     def clear(self) -> None:
         """Throw the run away, and nothing else that may lie in the folder."""
         if not self.holds_run:
@@ -85,16 +90,15 @@ class RunStore:
         ``StorageError`` when it can't, or when it holds other things than a run: nothing of
         another's is ever written over.
         """
-        with contextlib.suppress(OSError):
-            if self.folder.is_dir() and any(self.folder.iterdir()) and not self.holds_run:
-                raise StorageError(
-                    f"{str(self.folder)!r} holds other things than a run. Pass a new folder with "
-                    "--out."
-                ) from None
+        if self._is_foreign():
+            raise StorageError(
+                f"{str(self.folder)!r} holds other things than a run. Pass a new folder with --out."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
+            self.journal.path.touch()  # from now on the folder is known to be a run's
         except OSError as error:
             raise StorageError(
                 f"Can't write to {str(self.folder)!r}: {error.strerror or error}. "
