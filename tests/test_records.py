@@ -252,7 +252,7 @@ def test_a_run_keeps_its_things_below_its_folder(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run")
     store.create()
     store.create()
-    assert list(store.folder.iterdir()) == []
+    assert [path.name for path in store.folder.iterdir()] == ["journal.jsonl"]
     assert store.trial("t1") == tmp_path / "run" / "trials" / "t1"
     assert {p.parent for p in (store.profile, store.run_record, store.report, store.artefact)} == {
         store.folder

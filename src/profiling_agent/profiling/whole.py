@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.compression.compress import Compressor
@@ -23,7 +23,6 @@ from profiling_agent.profiling.sensitivity import (
 from profiling_agent.records.common import Deployment, Machine, NotMeasured
 from profiling_agent.records.profile import GroupCost, LayerQuantization, Profile, WidthPoint
 
-Tell = Callable[[str], None]
 WIDTHS_SHARE, LAYERS_SHARE = 0.3, 0.2
 
 
@@ -36,7 +35,6 @@ def profile_workload(
     compressor: Compressor | None = None,
     with_widths: bool = True,
     with_sensitivity: bool = True,
-    tell: Tell = lambda _text: None,
 ) -> Profile:
     """Everything a planner may know, in about ``seconds`` (costs are always measured in full).
 
@@ -45,17 +43,14 @@ def profile_workload(
     """
     start = now()
     compressor = compressor or Compressor(workload)
-    tell("costs of every module")
     profile = profile_costs(workload, machine, deployment)
     modules = {module.name: module for module in profile.modules}
-    tell("prunable groups")
     discovery = compressor.discovery
     costs = [describe_group(workload.model, group, modules) for group in discovery.groups]
     missing = list(profile.not_measured)
     layers: list[LayerQuantization] = []
     with threads(deployment.threads):
         if with_widths:
-            tell("latency against width")
             tables = measure_widths(
                 workload.model,
                 workload.example(deployment.batch_size),
@@ -65,7 +60,6 @@ def profile_workload(
             )
             costs = _with_tables(costs, tables, missing)
         if with_sensitivity:
-            tell("sensitivity")
             costs, layers = _sensitivities(compressor, deployment, costs, missing, start + seconds)
     return profile.model_copy(
         update={
@@ -97,7 +91,7 @@ def _sensitivities(
     deadline: float,
 ) -> tuple[list[GroupCost], list[LayerQuantization]]:
     model = compressor.model
-    linears = [name for name in plain_linears(model) if model.get_submodule(name) is not None]
+    linears = list(plain_linears(model))
     _ = compressor.moments if costs else None  # gathered before the clock is asked
     num_evaluations = sum(len(levels(cost)) for cost in costs) + len(linears)
     left = max(1.0, deadline - now())
