@@ -53,7 +53,7 @@ def test_the_demo_is_accepted(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-m", "profiling_agent.cli", "optimize", "demo:vit", "--max-drop", "0.5",
-         "--time-budget", "3m", "--out", str(out), "--json"],
+         "--time-budget", "210s", "--out", str(out), "--json"],
         capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     record = RunRecord.model_validate_json(done.stdout)

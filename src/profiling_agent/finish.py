@@ -51,12 +51,14 @@ def final_protocol(time_budget_s: float, call_s: float) -> Protocol:
     return replace(protocol, num_blocks=max(8, min(FINAL.num_blocks, num_blocks)))
 
 
-def final_seconds(num_test: int, call_s: float, batch_size: int, time_budget_s: float) -> float:
-    """What the final stage is expected to take: test accuracy of the original, a control and two
-    candidates (each taken to be no slower than half the original), and a race and a half."""
-    race_s = final_protocol(time_budget_s, call_s).seconds(call_s, 3) + OPENING_S
-    accuracy_s = 2.5 * num_test / batch_size * call_s
-    return min(0.6 * time_budget_s, accuracy_s + 1.5 * race_s)
+def final_seconds(
+    num_calls: int, original_call_s: float, artefact_call_s: float, time_budget_s: float
+) -> float:
+    """What the final stage is expected to take: accuracy on the test split (``num_calls`` batches)
+    of the original, a control and two candidates, and a race and a quarter."""
+    race_s = final_protocol(time_budget_s, original_call_s).seconds(original_call_s, 3) + OPENING_S
+    accuracy_s = num_calls * (original_call_s + 3 * artefact_call_s)
+    return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s)
 
 
 def labels_of(workload: Workload, split: SplitName) -> np.ndarray:

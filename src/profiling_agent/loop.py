@@ -36,6 +36,7 @@ from profiling_agent.finish import Finish, final_seconds, labels_of, predict_ori
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.check import check_budget, check_plan
+from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
@@ -331,8 +332,11 @@ class _Run:
     def _reserve(self) -> float:
         """Seconds kept for the final stage."""
         num_test = self.workload.record.split("test").num_samples
-        batch_size = self.deployment.batch_size
-        return final_seconds(num_test, self._call_s(), batch_size, self.budget.time_s)
+        control = best_control(self.state.trials, self.budget)
+        relative = (relative_latency(control) if control else None) or 0.6
+        call_s = self._call_s()
+        num_calls = -(-num_test // self.deployment.batch_size)
+        return final_seconds(num_calls, call_s, relative * call_s, self.budget.time_s)
 
     def _profile(self, builder: Builder) -> Profile:
         if self.store.profile.exists() and self.state.profile_path is not None:
@@ -359,8 +363,9 @@ class _Run:
         if self.state.candidates is not None:
             return
         for number, proposal in self._proposals(profile):
-            longest = max((t.seconds for t in self.state.trials), default=0.0)
-            if self.left < self._reserve() + longest:
+            seconds = sorted(trial.seconds for trial in self.state.trials)
+            usual = 1.3 * seconds[len(seconds) // 2] if seconds else 0.0
+            if self.left < self._reserve() + usual:
                 self.progress.message("the rest of the time is kept for the final measurement")
                 break
             time = proposal.relative_latency
