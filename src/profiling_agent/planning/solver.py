@@ -126,7 +126,8 @@ def _propose_for(
     tried: set[str],
 ) -> Proposal | None:
     low, high = allowance_bracket(profile, history, budget, pair)
-    allowance = _next_allowance(low, high, budget)
+    shrink = _shrink(profile, history, budget, pair, high)
+    allowance = _next_allowance(low, high, budget, shrink)
     for _ in range(MAX_STEPS):
         if allowance is None:
             return None
@@ -161,12 +162,29 @@ def allowance_bracket(
     return low, high
 
 
-def _next_allowance(low: float | None, high: float | None, budget: Budget) -> float | None:
+def _shrink(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair, high: float | None
+) -> float:
+    """How far below the least infeasible divergence to look while nothing feasible is known.
+
+    As far as its drop was above the budget, between a half and an eighth; an eighth when it
+    collapsed: summed divergences say too little of what many small cuts do together.
+    """
+    for trial in history:
+        drop = search_drop(trial)
+        if pair_of(trial) == pair and drop and predict_kl(profile, trial.plan) == high:
+            return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
+    return 1 / 8
+
+
+def _next_allowance(
+    low: float | None, high: float | None, budget: Budget, shrink: float
+) -> float | None:
     first = max(budget.max_drop, 0.05) * KL_PER_POINT
     if high is None:
         return max(first, 2.0 * low) if low is not None else first
     if low is None or low == 0.0:
-        return min(first, high / 2.0)
+        return min(first, high * shrink)
     return None if high / low < SEARCH_ENDED else math.sqrt(low * high)
 
 
@@ -272,13 +290,14 @@ def _knapsack(
 def _stdout_untouched() -> Generator[None]:
     """HiGHS prints a line now and then whatever it is told; a record on stdout must stay whole."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)
 
 
 def _plan(
