@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-NUM_CLASSES, NUM_FEATURES, HIDDEN = 4, 16, 256
+NUM_CLASSES, NUM_FEATURES, HIDDEN = 4, 16, 768
 
 MODEL_FILE = f"""
 import torch
@@ -85,8 +85,8 @@ def train() -> Net:
     torch.manual_seed(0)
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    x, y = (torch.from_numpy(array) for array in make_data(4000, seed=1))
-    for _ in range(60):
+    x, y = (torch.from_numpy(array) for array in make_data(2500, seed=1))
+    for _ in range(40):
         loss = F.cross_entropy(net(x), y)
         optimizer.zero_grad()
         loss.backward()

@@ -213,7 +213,7 @@ def test_a_persons_plan_is_applied_and_measured(project: Path, tmp_path: Path) -
         )
     )
     built = run(*apply(project, plan, out), "--json")
-    assert built["achieved"]["widths"] == {"mlp:fc1": [256, 192], "mlp:fc2": [256, 192]}
+    assert built["achieved"]["widths"] == {"mlp:fc1": [768, 576], "mlp:fc2": [768, 576]}
     assert built["achieved"]["num_int8_layers"] == 2
     assert built["achieved"]["float_layers"] == ["head"]
     record = run(
@@ -235,7 +235,7 @@ def test_stages_one_by_one(project: Path, tmp_path: Path) -> None:
         "--out", str(profile), "--json",
     )  # fmt: skip
     assert {group["id"] for group in record["groups"]} == {"mlp:fc1", "mlp:fc2"}
-    assert record["total_macs"] == 16 * 256 + 256 * 256 + 256 * 4
+    assert record["total_macs"] == 16 * 768 + 768 * 768 + 768 * 4
     other = subprocess.run(
         [sys.executable, "-m", "profiling_agent.cli", "plan", str(profile), "--threads", "1",
          "--batch-size", "8"],

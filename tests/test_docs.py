@@ -96,6 +96,9 @@ def test_the_public_names_are_frozen() -> None:
     assert all(getattr(profiling_agent, name) is not None for name in PUBLIC_NAMES)
 
 
+FLAG = r"(?<![\w-])--[a-z][a-z-]*"
+
+
 def test_the_commands_and_their_flags_are_frozen() -> None:
     assert {name: flags_of(name) for name in commands()} == {
         name: flags.split() for name, flags in COMMANDS.items()
@@ -119,8 +122,10 @@ def test_every_command_shown_is_one_the_command_line_takes() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
 def test_every_flag_mentioned_on_a_page_exists(page: Path) -> None:
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
-    assert flags <= all_flags()
+    flags = set(re.findall(FLAG, page.read_text(encoding="utf-8")))
+    scripts = [path.read_text(encoding="utf-8") for path in page.parent.glob("*.py")]
+    its_own = {flag for text in scripts for flag in re.findall(f'"({FLAG})"', text)}
+    assert flags <= all_flags() | its_own
 
 
 def test_every_flag_mentioned_in_a_message_exists() -> None:

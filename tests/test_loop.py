@@ -30,7 +30,7 @@ def command(project: Path, out: Path, *more: str) -> list[str]:
         sys.executable, "-m", "profiling_agent.cli", "optimize", f"{project / 'model.py'}:model",
         "--weights", str(project / "weights.safetensors"),
         "--data", f"{project / 'data.py'}:val",
-        "--max-drop", str(MAX_DROP), "--time-budget", "75s", "--max-trials", "2",
+        "--max-drop", str(MAX_DROP), "--time-budget", "110s", "--max-trials", "2",
         "--threads", "1", "--out", str(out), "--json", *more,
     ]  # fmt: skip
 
@@ -44,7 +44,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     """A finished run: its folder and what ``--json`` printed."""
     out = tmp_path_factory.mktemp("run") / "result"
-    done = subprocess.run(command(project, out), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command(project, out), capture_output=True, text=True, timeout=290)
     assert "Traceback" not in done.stderr, done.stderr
     record = RunRecord.model_validate_json(done.stdout)
     assert record.verdict is not None
@@ -54,7 +54,7 @@ def run(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 class TestWholeRun:
     def test_ends_within_the_time_budget(self, run: tuple[Path, RunRecord]) -> None:
-        assert run[1].seconds <= 1.1 * 75
+        assert run[1].seconds <= 1.1 * 110
 
     def test_measures_every_control_of_every_runtime(self, run: tuple[Path, RunRecord]) -> None:
         controls = {trial.label for trial in run[1].trials if trial.is_control}
