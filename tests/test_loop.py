@@ -148,10 +148,17 @@ class TestWholeRun:
     def test_another_budget_in_the_same_folder_is_refused(
         self, run: tuple[Path, RunRecord], project: Path
     ) -> None:
-        more = command(project, run[0], "--seed", "1")
-        done = subprocess.run(more, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 4
-        assert "--restart" in done.stderr
+        before = contents(run[0])
+        for other in (["--seed", "1"], ["--data", f"{project / 'data.py'}:shuffled"]):
+            more = command(project, run[0], *other)
+            done = subprocess.run(more, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 4
+            assert "--restart" in done.stderr
+        assert contents(run[0]) == before, "a refusal leaves the run as it was"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def served_accuracy(out: Path) -> float:

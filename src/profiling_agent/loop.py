@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.acquire import acquire, describe_source
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import baseline_size
 from profiling_agent.deployment.runtimes import RUNTIMES, available
@@ -51,7 +51,13 @@ from profiling_agent.records.trial import (
     RunSettings,
 )
 from profiling_agent.report.live import Progress, SilentProgress, quiet
-from profiling_agent.run_state import RunState, draw_record, resume, save_record
+from profiling_agent.run_state import (
+    RunState,
+    draw_record,
+    refuse_others,
+    resume,
+    save_record,
+)
 from profiling_agent.trial import (
     Baseline,
     Builder,
@@ -89,13 +95,14 @@ def optimize_workload(
     start = now()
     spent = store.journal.spent()
     store.journal.clock = lambda: spent + now() - start
-    progress.stage("acquiring", "model and data")
-    workload = acquire(
-        model, data, weights=weights, test_data=test_data, folder=store.data, seed=settings.seed
-    )
-    check_task(workload, settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.locked())
+        refuse_others(store, settings, describe_source(model, data, weights, test_data))
+        progress.stage("acquiring", "model and data")
+        workload = acquire(
+            model, data, weights=weights, test_data=test_data, folder=store.data, seed=settings.seed
+        )
+        check_task(workload, settings)
         state = resume(store, settings, workload.record)
         if state.verdict is None:
             run = _Run(

@@ -24,7 +24,7 @@ from profiling_agent.records.trial import (
     Trial,
     Verdict,
 )
-from profiling_agent.records.workload import WorkloadRecord
+from profiling_agent.records.workload import WorkloadRecord, WorkloadSource
 from profiling_agent.report.html import render_html
 
 
@@ -46,10 +46,26 @@ class RunState:
     artefact: str | None = None
 
 
+def refuse_others(store: RunStore, settings: RunSettings, source: WorkloadSource) -> None:
+    """``StorageError`` for a folder whose run was asked something else.
+
+    To be called before acquisition, which writes the splits that the run stands on.
+    """
+    state = read_state(store)
+    if state.baseline is None or state.workload is None:
+        return
+    if state.settings != settings or state.workload.source != source:
+        what = "settings" if state.settings != settings else "model, weights or data"
+        raise StorageError(
+            f"{str(store.folder)!r} holds a run with other {what}. Pass another --out, or "
+            "--restart to throw that run away."
+        )
+
+
 def resume(store: RunStore, settings: RunSettings, workload: WorkloadRecord) -> RunState:
     """The state that the journal holds; a new journal begins with settings, data and machine.
 
-    ``StorageError`` when the folder holds a run with others.
+    ``StorageError`` when the weights or the data have changed since, or the machine is another.
     """
     state = read_state(store)
     machine = describe_machine()
@@ -57,14 +73,13 @@ def resume(store: RunStore, settings: RunSettings, workload: WorkloadRecord) -> 
         state = RunState(settings=settings, workload=workload, machine=machine)
         store.journal.append("begin", _beginning(settings, workload, machine))
         return state
-    known = state.settings, state.workload
-    if known != (settings, workload) or state.machine is None:
-        what = "settings" if state.settings != settings else "weights or data"
+    if state.workload != workload:
         raise StorageError(
-            f"{str(store.folder)!r} holds a run with other {what}. Pass another --out, or "
-            "--restart to throw that run away."
+            f"{str(store.folder)!r} holds a run with other weights or data of the same name. Pass "
+            "another --out, or --restart to throw that run away."
         )
-    if state.verdict is None and not state.machine.same_hardware(machine):
+    known = state.machine
+    if state.verdict is None and (known is None or not known.same_hardware(machine)):
         raise StorageError(
             f"The run in {str(store.folder)!r} was begun on another machine; its times don't hold "
             "here. Pass another --out, or --restart."

@@ -91,7 +91,7 @@ def acquire(
     from the same references, files and seed is used again. Raises ``ModelError``, ``DataError``,
     ``StorageError``.
     """
-    source = _describe_source(model, data, weights, test_data)
+    source = describe_source(model, data, weights, test_data)
     module, notes = _build(model, source)
     wanted = Acquired(
         source=source, seed=seed, max_samples=max_samples, stamps=_stamps(source), record=""
@@ -169,7 +169,7 @@ def _build(model: str | nn.Module, source: WorkloadSource) -> tuple[nn.Module, l
     return module, [*notes, *settle(module)]
 
 
-def _describe_source(
+def describe_source(
     model: str | nn.Module, data: object | None, weights: str | None, test_data: object | None
 ) -> WorkloadSource:
     """References with absolute paths, so that a process elsewhere finds the same."""
