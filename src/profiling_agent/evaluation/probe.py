@@ -40,7 +40,7 @@ class Probe:
 
     def open_artefact(self, folder: str, runtime: str, threads: int) -> dict[str, Any]:
         importlib.import_module(runtime)
-        self._empty_bytes = _status_bytes("VmRSS")
+        self._empty_bytes = _status_bytes("RssAnon")
         spec = importlib.util.spec_from_file_location("artefact_serve", Path(folder) / "serve.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -51,7 +51,7 @@ class Probe:
     def open_eager(self, data: str, threads: int) -> dict[str, Any]:
         from profiling_agent.evaluation.eager import EagerModel
 
-        self._empty_bytes = _status_bytes("VmRSS")  # torch, and what is ours, is loaded by now
+        self._empty_bytes = _status_bytes("RssAnon")  # torch, and what is ours, is loaded by now
         self._model = EagerModel(Path(data), threads)
         return {}
 
@@ -100,14 +100,20 @@ class Probe:
         return {"calls_ms": calls}
 
     def memory(self) -> dict[str, Any]:
-        """Peak resident bytes of a few calls, less those of the process with only the runtime."""
+        """Peak anonymous bytes during a few calls, less those of a process with only the runtime.
+
+        Pages of files don't count: how many of a library's are resident depends on the page cache.
+        """
         assert self._model is not None
         if self._empty_bytes is None or not _reset_peak():
             return {"bytes": None, "reason": "this system does not tell the peak of a process"}
         for _ in range(3):
             self._model.run(self._prepared)
-        peak = _status_bytes("VmHWM")
-        return {"bytes": None if peak is None else max(0, peak - self._empty_bytes)}
+        peak, resident, anonymous = (_status_bytes(f) for f in ("VmHWM", "VmRSS", "RssAnon"))
+        if peak is None or resident is None or anonymous is None:
+            return {"bytes": None, "reason": "this system does not tell the memory of a process"}
+        of_files = resident - anonymous
+        return {"bytes": max(0, peak - of_files - self._empty_bytes)}
 
 
 def _split_inputs(folder: Path) -> dict[str, np.ndarray]:

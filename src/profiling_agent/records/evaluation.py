@@ -48,7 +48,7 @@ class Evaluation(Record):
     size_bytes: int | None = Field(description="bytes of the model files")
     weight_bytes: int | None
     memory_bytes: int | None = Field(
-        description="peak resident memory less that of an empty process with the runtime loaded"
+        description="peak anonymous memory less that of an empty process with the runtime loaded"
     )
     not_measured: tuple[NotMeasured, ...] = ()
 
