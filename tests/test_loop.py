@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiling_agent.api import optimize
+from profiling_agent.errors import TrialError
 from profiling_agent.finish import final_protocol
 from profiling_agent.planning.planner import find_planner
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import EXIT_CODES, RunRecord
 from profiling_agent.run_state import read_state
+from profiling_agent.trial import WorkerBuilder
 from small_workload import make_data, train, write_project
 
 MAX_DROP = 2.0
@@ -238,6 +241,28 @@ def test_a_live_module_goes_through_the_same_loop(tmp_path: Path) -> None:
     assert any("live object" in warning for warning in result.warnings)
     for name, value in net.state_dict().items():
         assert np.array_equal(value.numpy(), weights[name].numpy())
+
+
+def test_a_model_that_cannot_be_profiled_still_gets_an_answer(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(*_: object) -> None:
+        raise TrialError("it did not answer within 60 s.")
+
+    monkeypatch.setattr(WorkerBuilder, "profile", hangs)
+    result = optimize(
+        f"{project / 'model.py'}:model",
+        f"{project / 'data.py'}:val",
+        MAX_DROP,
+        weights=str(project / "weights.safetensors"),
+        out=tmp_path / "result",
+        threads=1,
+        time_budget=60.0,
+        show_progress=False,
+    )
+    assert result.verdict is not None
+    assert all(trial.is_control for trial in result.trials)
+    assert any("can't be profiled" in text for text in result.warnings)
 
 
 def test_the_last_race_is_never_too_short_to_carry_an_interval() -> None:

@@ -193,7 +193,8 @@ class _Run:
         )
         self._controls(runner)
         profile = self._profile(builder)
-        self._search(runner, profile)
+        if profile is not None:
+            self._search(runner, profile)
         builder.close()
         Finish(
             store=self.store,
@@ -345,7 +346,8 @@ class _Run:
         num_calls = -(-num_test // self.deployment.batch_size)
         return final_seconds(num_calls, call_s, relative * call_s, self.budget.time_s)
 
-    def _profile(self, builder: Builder) -> Profile:
+    def _profile(self, builder: Builder) -> Profile | None:
+        """The profile, or ``None`` with a warning: then the controls are all there is to choose."""
         if self.store.profile.exists() and self.state.profile_path is not None:
             profile = Profile.read(self.store.profile)
             check_fits(profile, self.machine, self.deployment)
@@ -356,10 +358,13 @@ class _Run:
             with quiet(self.progress):
                 profile = builder.profile(self.deployment, seconds)
         except TrialError as error:
-            raise ModelError(
-                f"The model can't be profiled: {error} Try 'profiling-agent profile' on it alone."
-            ) from None
-        builder.pause()
+            self._warn(
+                f"Nothing was searched, since the model can't be profiled: {error} Try "
+                "'profiling-agent profile' on it alone."
+            )
+            return None
+        finally:
+            builder.pause()
         write_text(self.store.profile, profile.to_json())
         self.state.profile_path = self.store.profile.name
         self.store.journal.append("profile", {"path": self.store.profile.name})

@@ -55,6 +55,8 @@ from profiling_agent.records.trial import Trial
 
 BUILD_TIMEOUT_S = 1800.0
 MIN_TIMEOUT_S = 60.0
+PROFILE_GRACE_S = 120.0
+"""For opening the model and for costs, which are measured in full however long that takes."""
 
 
 class Builder(Protocol):
@@ -141,7 +143,7 @@ class WorkerBuilder:
 
     def profile(self, deployment: Deployment, seconds: float) -> Profile:
         request = {"method": "profile", "deployment": _dump(deployment), "seconds": seconds}
-        answer = self._ask(request, timeout_s=4 * seconds + 600.0)
+        answer = self._ask(request, timeout_s=2 * seconds + PROFILE_GRACE_S)
         return Profile.model_validate(answer["profile"])
 
     def build(
