@@ -39,7 +39,7 @@ make_environment() {
 ensure_environment() {
     local extras="$1" wanted stamp
     wanted="$( (printf '%s\n' "$ROOT"; cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt") | cksum)"
-    for stamp in "$VENV/.installed-${extras//,/-}" "$VENV/.installed-cpu-dev"; do
+    for stamp in "$VENV/.installed-${extras//,/-}" "$VENV/.installed-cpu-models-dev"; do
         if [ -x "$PYTHON" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
             return
         fi
