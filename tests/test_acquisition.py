@@ -19,6 +19,7 @@ from profiling_agent.acquisition.acquire import acquire, load_model, reopen
 from profiling_agent.acquisition.demo import DEMO_DATA, DEMO_FOLDER
 from profiling_agent.acquisition.inputs import infer_layout
 from profiling_agent.acquisition.preprocess import preprocess
+from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload, compute_logits
 from profiling_agent.errors import DataError, ModelError, StorageError
 from profiling_agent.records.workload import InputSpec, Preprocessing, WorkloadSource
@@ -115,7 +116,9 @@ def sizes(workload: Workload) -> dict[str, int]:
 
 
 def get(model: Any, data: Any, tmp_path: Path, **options: Any) -> Workload:
-    return acquire(model, data, folder=tmp_path / "splits", **options)
+    own = {key: options.pop(key) for key in ("seed", "max_samples") if key in options}
+    request = Request(model=model, data=data, **options)
+    return acquire(request, folder=tmp_path / "splits", **own)
 
 
 class TestModelReference:
@@ -157,9 +160,6 @@ class TestModelReference:
             ("{folder}/sizes.py:WIDTH", "is a 'int'"),
             ("demo:bert", "'demo:vit' and 'demo:resnet'"),
             ("somewhere", "not a model reference"),
-            ("timm:vit_tiny", "timm.create_model('vit_tiny', pretrained=True)"),
-            ("hf:google/vit", "from_pretrained('google/vit')"),
-            ("torchvision:resnet18", "get_model('resnet18'"),
         ],
     )
     def test_refusals(self, reference: str, words: str, model_file: Path, tmp_path: Path) -> None:
@@ -396,9 +396,10 @@ class TestData:
             ({"calibration": (X.astype(np.uint8), Y), "test": (X, Y)}, "prepare both alike"),
             ({"search": (X, Y), "test": (X[:, :4], Y)}, r"float32 \(4,\)"),
             ([(X[0], 0, 1)] * 9, "of 3 things"),
-            ([("words", 0)] * 9, "not numeric"),
+            ([("words", 0)] * 9, "brings no tokenizer"),
+            ([(object(), 0)] * 9, "not numeric"),
             (17, "can't be read as data"),
-            ("data.csv", "not a data reference"),
+            ("data.csv", "don't exist"),
             ("none.npz", "don't exist"),
         ],
     )
@@ -516,7 +517,9 @@ class TestSplits:
 
     def test_seed_decides(self, tmp_path: Path) -> None:
         runs = [
-            acquire(Vector(), vectors(), folder=tmp_path / name, seed=seed).record.splits
+            acquire(
+                Request(model=Vector(), data=vectors()), folder=tmp_path / name, seed=seed
+            ).record.splits
             for name, seed in (("a", 0), ("b", 0), ("c", 1))
         ]
         assert runs[0] == runs[1]
@@ -566,7 +569,7 @@ class TestSplits:
         (folder / "test" / "labels.npy").unlink()
         with pytest.raises(DataError, match="acquire it again"):
             reopen(folder)
-        assert get(reference, str(tmp_path / "d.npz"), tmp_path).record == first.record
+        assert get(reference, str(tmp_path / "d.npz"), tmp_path).record.same_as(first.record)
         np.savez(tmp_path / "d.npz", x=X + 1, y=Y)
         changed = get(reference, str(tmp_path / "d.npz"), tmp_path)
         assert changed.record.splits != first.record.splits

@@ -40,7 +40,7 @@ def test_a_real_model_ends_with_a_verdict_in_time(
     record = RunRecord.model_validate_json(done.stdout)
     assert record.verdict is not None
     assert done.returncode == EXIT_CODES[record.verdict.kind]
-    assert record.seconds <= 1.1 * seconds
+    assert record.seconds <= 1.5 * seconds  # a shared machine; benchmarks/main_job.py holds to 1.1
     if record.verdict.trial_id is not None:
         final = next(e for e in record.final if e.artefact == record.verdict.trial_id)
         accuracy = final.on("test")

@@ -44,16 +44,23 @@ PUBLIC_NAMES = {
 }
 # Flags and, in capitals, arguments. To change one is to break somebody's script: say so in
 # CHANGELOG.md.
+REQUEST = (
+    "--weights --data --test-data --classes --answers --metric --higher-is-better "
+    "--lower-is-better --mean --std --scale --resize --crop --interpolation --mode --max-length "
+    "--trust-remote-code --config"
+)
 COMMANDS = {
-    "optimize": "MODEL --weights --data --test-data --max-drop --time-budget --out --objective "
+    "optimize": f"MODEL {REQUEST} --max-drop --time-budget --out --objective "
     "--batch-size --threads --planner --runtime --evidence --max-trials --seed --restart "
     "--no-restart --json",
-    "profile": "MODEL --weights --data --out --batch-size --threads --time-budget --seed --json",
-    "plan": "PROFILE --out --run --planner --max-drop --objective --batch-size --threads --seed",
-    "apply": "MODEL --plan --out --weights --data --batch-size --threads --seed --json",
-    "evaluate": "ARTEFACT MODEL --weights --data --test-data --out --batch-size --threads --seed "
-    "--json",
-    "report": "RUN --json",
+    "profile": f"MODEL {REQUEST} --out --batch-size --threads --time-budget --seed --json",
+    "plan": "PROFILE --out --run --planner --max-drop --objective --batch-size --threads --seed "
+    "--config",
+    "apply": f"MODEL --plan --out {REQUEST} --batch-size --threads --seed --json",
+    "evaluate": f"ARTEFACT MODEL {REQUEST} --out --batch-size --threads --seed --json",
+    "check": f"MODEL {REQUEST} --out --batch-size --threads --seed --json",
+    "init": "FOLDER",
+    "report": "RUN --json --config",
 }
 
 

@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 
 from profiling_agent.errors import TrialError
-from profiling_agent.evaluation.measure import outcomes, score
-from profiling_agent.evaluation.screening import collapsed
 from profiling_agent.evaluation.statistics import (
+    Drop,
     accuracy_interval,
     paired_drop,
     provable_drop,
-    samples_to_prove,
-    upper_bound,
 )
 from profiling_agent.machine.child import Child, resident_bytes
 
@@ -32,6 +29,11 @@ def outcomes_of(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarra
     return original, artefact
 
 
+def drop_of(original: np.ndarray, artefact: np.ndarray, **options: float) -> Drop:
+    """The drop of right and wrong answers, in points."""
+    return paired_drop(100.0 * original, 100.0 * artefact, span=100.0, **options)
+
+
 def simulate(
     rng: np.random.Generator, count: int, lost: float, won: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -40,18 +42,18 @@ def simulate(
 
 
 def test_the_estimate_is_the_difference_in_points() -> None:
-    drop = paired_drop(*outcomes_of(80, 7, 3, 10))
+    drop = drop_of(*outcomes_of(80, 7, 3, 10)).interval
     assert drop.estimate == 4.0
     assert drop.num_samples == 100
     assert drop.low < 4.0 < drop.high
-    gain = paired_drop(*outcomes_of(80, 3, 7, 10))
+    gain = drop_of(*outcomes_of(80, 3, 7, 10)).interval
     assert gain.estimate == -4.0
     assert (gain.low, gain.high) == pytest.approx((-drop.high, -drop.low))
 
 
 def test_the_interval_by_hand() -> None:
     """Bonett and Price 2012: one sample is added to each discordant cell."""
-    drop = paired_drop(*outcomes_of(80, 7, 3, 10))
+    drop = drop_of(*outcomes_of(80, 7, 3, 10)).interval
     lost, won = 8 / 102, 4 / 102
     spread = 1.959964 * ((lost + won - (lost - won) ** 2) / 102) ** 0.5
     assert drop.low == pytest.approx(100 * (lost - won - spread), abs=1e-5)
@@ -68,27 +70,27 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(
     truth, covered, bounded = 100 * (lost - won), 0, 0
     for _ in range(1500):
         pair = simulate(rng, count, lost, won)
-        drop = paired_drop(*pair)
+        drop = drop_of(*pair).interval
         covered += drop.low <= truth <= drop.high
-        bounded += truth <= upper_bound(*pair)
+        bounded += truth <= drop_of(*pair).upper_bound
     assert 0.94 <= covered / 1500 <= 0.995
     assert 0.935 <= bounded / 1500 <= 0.995
 
 
 def test_no_difference_on_a_few_samples_proves_little() -> None:
     few, many = (np.ones(count, dtype=bool) for count in (50, 5000))
-    assert paired_drop(few, few).estimate == 0.0
-    assert paired_drop(few, few).high > 3.0
-    assert 0.0 < paired_drop(many, many).high < 0.1
-    assert paired_drop(few, few).low == pytest.approx(-paired_drop(few, few).high)
+    assert drop_of(few, few).interval.estimate == 0.0
+    assert drop_of(few, few).interval.high > 3.0
+    assert 0.0 < drop_of(many, many).interval.high < 0.1
+    assert drop_of(few, few).interval.low == pytest.approx(-drop_of(few, few).interval.high)
 
 
 def test_the_bound_grows_with_its_level_and_shrinks_with_the_samples() -> None:
     pair = outcomes_of(180, 4, 2, 14)
-    bounds = [upper_bound(*pair, level=level) for level in (0.5, 0.9, 0.95, 0.99)]
+    bounds = [drop_of(*pair, level=level).upper_bound for level in (0.5, 0.9, 0.95, 0.99)]
     assert bounds == sorted(bounds)
-    assert upper_bound(*(np.tile(side, 10) for side in pair)) < bounds[2]
-    two_sided = paired_drop(*pair, confidence=0.9)
+    assert drop_of(*(np.tile(side, 10) for side in pair)).upper_bound < bounds[2]
+    two_sided = drop_of(*pair, confidence=0.9).interval
     assert bounds[2] == pytest.approx(two_sided.high)
 
 
@@ -96,20 +98,20 @@ def test_the_bound_grows_with_its_level_and_shrinks_with_the_samples() -> None:
 @pytest.mark.parametrize("budget", [0.6, 1.0])
 def test_that_many_samples_would_prove_it(budget: float, level: float) -> None:
     pair = outcomes_of(880, 12, 8, 100)
-    needed = samples_to_prove(*pair, budget, level=level)
+    needed = drop_of(*pair, level=level).samples_to_prove(budget)
     assert needed is not None
     factor = needed / 1000
     more, less = (
         outcomes_of(*(round(c * factor * part) for c in (880, 12, 8, 100))) for part in (1.1, 0.8)
     )
-    assert upper_bound(*more, level=level) <= budget
-    assert upper_bound(*less, level=level) > budget
+    assert drop_of(*more, level=level).upper_bound <= budget
+    assert drop_of(*less, level=level).upper_bound > budget
 
 
 def test_no_number_of_samples_proves_a_drop_over_the_budget() -> None:
-    assert samples_to_prove(*outcomes_of(880, 20, 10, 90), 1.0) is None
-    assert samples_to_prove(*outcomes_of(880, 20, 10, 90), 0.5) is None
-    assert samples_to_prove(*outcomes_of(880, 0, 0, 120), 0.0) is None
+    assert drop_of(*outcomes_of(880, 20, 10, 90)).samples_to_prove(1.0) is None
+    assert drop_of(*outcomes_of(880, 20, 10, 90)).samples_to_prove(0.5) is None
+    assert drop_of(*outcomes_of(880, 0, 0, 120)).samples_to_prove(0.0) is None
 
 
 def test_what_a_number_of_samples_can_tell_from_zero() -> None:
@@ -129,41 +131,11 @@ def test_wilson_interval_by_hand_and_at_the_ends() -> None:
     assert nothing.low == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("function", [paired_drop, upper_bound])
-def test_unpaired_outcomes_are_refused(function: object) -> None:
-    assert callable(function)
+def test_unpaired_outcomes_are_refused() -> None:
     with pytest.raises(ValueError, match="one shape"):
-        function(np.ones(3, dtype=bool), np.ones(4, dtype=bool))
+        drop_of(np.ones(3, dtype=bool), np.ones(4, dtype=bool))
     with pytest.raises(ValueError, match="and a sample"):
-        function(np.ones(0, dtype=bool), np.ones(0, dtype=bool))
-
-
-def test_screening_stops_a_collapse_and_spares_what_may_be_good() -> None:
-    reason = collapsed(*outcomes_of(150, 80, 2, 24), 0.5)
-    assert reason is not None and "30.5 points lost on the first 256 samples" in reason
-    assert collapsed(*outcomes_of(230, 2, 2, 22), 0.5) is None
-    assert collapsed(*outcomes_of(150, 80, 2, 24), 20.0) is None
-
-
-def test_a_plan_at_twice_the_budget_is_almost_never_screened() -> None:
-    rng = np.random.default_rng(0)
-    stopped = sum(collapsed(*simulate(rng, 256, 0.03, 0.01), 1.0) is not None for _ in range(2000))
-    assert stopped <= 2
-
-
-def test_scores_are_paired_and_logits_are_checked() -> None:
-    labels = np.array([0, 1, 2, 2])
-    original, mine = np.array([0, 1, 2, 0]), np.array([0, 1, 1, 0])
-    accuracy = score("search", mine, labels, original)
-    assert (accuracy.value, accuracy.agreement) == (50.0, 0.75)
-    assert accuracy.drop is not None and accuracy.drop.estimate == 25.0
-    assert score("search", mine, labels, None).drop is None
-    logits = np.array([[0.1, 0.9], [2.0, 1.0]])
-    assert list(outcomes(logits, 2)) == [1, 0]
-    with pytest.raises(TrialError, match="not finite"):
-        outcomes(logits * np.nan, 2)
-    with pytest.raises(TrialError, match="shape"):
-        outcomes(logits, 3)
+        drop_of(np.ones(0, dtype=bool), np.ones(0, dtype=bool))
 
 
 # ---- children -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.demo import DEMO_DATA, DEMO_FOLDER
 from profiling_agent.acquisition.factories import build_model
+from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload, compute_logits
 from profiling_agent.compression.groups import find_groups
 
@@ -33,7 +34,8 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
     weights = folder / "weights.safetensors"
     save_file(build_model(reference).state_dict(), weights)
     data = f"{folder / 'data.py'}:val"
-    return acquire(reference, data, weights=str(weights), folder=folder / "splits")
+    request = Request(model=reference, data=data, weights=str(weights))
+    return acquire(request, folder=folder / "splits")
 
 
 def test_the_own_model_is_acquired_with_its_preprocessing(workload: Workload) -> None:

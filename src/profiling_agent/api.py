@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import nn
 
 from profiling_agent import loop, stages
+from profiling_agent.acquisition.request import Request
 from profiling_agent.deployment.artefact import ServedModel, open_artefact
 from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
 from profiling_agent.errors import BudgetError
@@ -17,6 +19,7 @@ from profiling_agent.records.base import describe_faults
 from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import RunRecord, RunSettings
+from profiling_agent.records.workload import Overrides
 from profiling_agent.report.live import open_progress
 
 
@@ -28,6 +31,13 @@ def optimize(
     out: str | Path,
     weights: str | None = None,
     test_data: object | None = None,
+    classes: str | None = None,
+    answers: Literal["all", "present"] = "all",
+    metric: str | Callable[..., Any] = "accuracy",
+    higher_is_better: bool = True,
+    preprocessing: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
     objective: Objective = "latency",
     batch_size: int = 1,
     threads: int | None = None,
@@ -39,12 +49,16 @@ def optimize(
     seed: int = 0,
     show_progress: bool = True,
 ) -> RunRecord:
-    """Search for the best artefact within ``max_drop`` points; it is left in ``out/artefact``.
+    """Search for the best artefact within ``max_drop``; it is left in ``out/artefact``.
 
-    ``model`` is a live module or a reference such as ``model.py:factory`` or ``demo:vit``;
-    ``data`` a dataset, a loader, a pair of arrays, a dictionary of splits or a reference.
-    ``time_budget`` is in seconds; ``threads`` None takes what the machine grants, ``runtimes`` None
-    all that are installed. Raises the errors of ``profiling_agent.errors``.
+    ``model`` is a live module or a reference such as ``timm:resnet18``, ``hf:NAME``,
+    ``model.py:factory`` or ``demo:vit``; ``data`` a dataset, a loader, a pair of arrays, a
+    dictionary of splits, or a reference (a folder of images, a file, ``data.py:factory``).
+    ``metric`` is accuracy or agreement, both in points, or a function ``(outputs, targets)`` that
+    gives a score for each sample or one for all; ``preprocessing`` overrides what the model states
+    (mean, std, scale, mode, resize, crop, interpolation). ``time_budget`` is in seconds;
+    ``threads`` None takes what the machine grants, ``runtimes`` None all that are installed. Raises
+    the errors of ``profiling_agent.errors``.
 
         result = optimize(model, data, max_drop=0.5, out="result")
     """
@@ -53,9 +67,23 @@ def optimize(
         for name in runtimes:
             require_runtime(name)
     try:
+        request = Request(
+            model=model,
+            data=data,
+            test_data=test_data,
+            weights=weights,
+            classes=classes,
+            answers=answers,
+            metric=metric,
+            higher_is_better=higher_is_better,
+            overrides=Overrides(**dict(preprocessing or {})),
+            max_length=max_length,
+            trust_remote_code=trust_remote_code,
+        )
         settings = RunSettings(
             budget=Budget(
                 max_drop=max_drop,
+                unit=request.unit,
                 objective=objective,
                 time_s=time_budget,
                 max_trials=max_trials,
@@ -68,17 +96,11 @@ def optimize(
         )
     except ValidationError as error:
         raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
-    progress = open_progress(time_budget, mode="auto" if show_progress else "silent")
+    progress = open_progress(
+        time_budget, mode="auto" if show_progress else "silent", unit=request.unit
+    )
     try:
-        return loop.optimize_workload(
-            model,
-            data,
-            settings,
-            out=Path(out),
-            weights=weights,
-            test_data=test_data,
-            progress=progress,
-        )
+        return loop.optimize_workload(request, settings, out=Path(out), progress=progress)
     finally:
         progress.close()
 
@@ -93,8 +115,9 @@ def profile(
     seconds: float = 120.0,
 ) -> Profile:
     """Costs of every module and group, latency against width, and accuracy sensitivity."""
+    request = Request(model=model, data=data, weights=weights)
     deployment = Deployment(batch_size=batch_size, threads=threads or default_threads())
-    return stages.profile(model, data, weights=weights, deployment=deployment, seconds=seconds)
+    return stages.profile(request, deployment=deployment, seconds=seconds)
 
 
 def load(artefact: str | Path, threads: int | None = None) -> ServedModel:

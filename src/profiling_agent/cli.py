@@ -1,17 +1,20 @@
 """The command line: one subcommand per stage, and no logic.
 
-Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11; what was given can't be used 2, a missing extra 3,
-a folder that can't be written 4, a plan that can't be carried out 5, an interrupted run 130.
+Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11, problems found by check 12; what was given can't be
+used 2, a missing extra 3, a folder that can't be written 4, a plan that can't be carried out 5, an
+interrupted run 130.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from pydantic import ValidationError
@@ -20,6 +23,7 @@ from profiling_agent.errors import BudgetError, ProfilingAgentError
 from profiling_agent.records.base import describe_faults
 
 if TYPE_CHECKING:
+    from profiling_agent.acquisition.request import Request
     from profiling_agent.records.common import Deployment
 
 app = typer.Typer(
@@ -30,8 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog=(
-        "Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11; unusable input 2, missing extra 3, "
-        "folder not writable 4, plan can't be carried out 5, interrupted 130."
+        "Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11, problems found by check 12; unusable "
+        "input 2, missing extra 3, folder not writable 4, plan can't be carried out 5, interrupted "
+        "130."
     ),
 )
 
@@ -48,32 +53,178 @@ class EvidenceLevel(StrEnum):
     proven = "proven"
 
 
-Model = Annotated[
-    str, typer.Argument(help="path/file.py:factory, demo:vit or demo:resnet", metavar="MODEL")
-]
-Weights = Annotated[str | None, typer.Option(help="weights: .safetensors, or .pt of plain tensors")]
-Data = Annotated[
-    str | None, typer.Option(help="path/file.py:factory or file.npz (demo models bring theirs)")
-]
-TestData = Annotated[
-    str | None, typer.Option(help="test data of their own; else half of --data is kept for it")
-]
+class Answers(StrEnum):
+    all = "all"
+    present = "present"
+
+
+class Mode(StrEnum):
+    RGB = "RGB"
+    BGR = "BGR"
+    L = "L"
+
+
+class Interpolation(StrEnum):
+    nearest = "nearest"
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+    lanczos = "lanczos"
+    box = "box"
+    hamming = "hamming"
+
+
 BatchSize = Annotated[int, typer.Option(min=1, help="batch size of the deployment")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="threads of the deployment [what the cgroup grants]")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="seed of splits and search")]
 Json = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
-MaxDrop = Annotated[float, typer.Option(help="points of accuracy that may be lost")]
+MaxDrop = Annotated[float, typer.Option(help="what may be lost, in the metric's unit")]
 TimeBudget = Annotated[str, typer.Option(help="such as 90s, 15m, 2h")]
 
 
+def _use_config(context: typer.Context, given: Path | None) -> Path | None:
+    from profiling_agent.config import use_config
+
+    return use_config(context, given)
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_use_config,
+        help="settings of all commands [profiling-agent.toml, where there is one]",
+    ),
+]
+
+
+def request_flags(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, path/file.py:factory, "
+            "demo:vit or demo:resnet",
+            metavar="MODEL",
+        ),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(help=".safetensors, or .pt of plain tensors, or random [pretrained]"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="a folder of images, cifar10:PATH, cifar100:PATH, an .npz, .parquet, .csv, .tsv "
+            "or .jsonl file, a saved Hugging Face dataset, or path/file.py:factory (demo models "
+            "bring theirs)"
+        ),
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option(help="test data of their own; else half of --data is kept for it")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="file with one class a line, by the model's numbering")
+    ] = None,
+    answers: Annotated[
+        Answers, typer.Option(help="may a prediction be any class, or only one present in the data")
+    ] = Answers.all,
+    metric: Annotated[
+        str, typer.Option(help="accuracy, agreement (needs no labels), or path/file.py:function")
+    ] = "accuracy",
+    higher_is_better: Annotated[
+        bool,
+        typer.Option("--higher-is-better/--lower-is-better", help="of a metric of your own"),
+    ] = True,
+    mean: Annotated[
+        str | None, typer.Option(help="of the pixels after scaling, such as 0.5,0.5,0.5")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="likewise")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="factor on the bytes before mean and std, such as 0.00392")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="shorter side of images, or HEIGHTxWIDTH")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="side of the middle that is cut out, or HEIGHTxWIDTH")
+    ] = None,
+    interpolation: Annotated[
+        Interpolation | None, typer.Option(help="how images are resized")
+    ] = None,
+    mode: Annotated[Mode | None, typer.Option(help="channels of decoded images")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a text at most [the model's]")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="let an hf: model run code of its own")
+    ] = False,
+    config: Config = None,
+) -> Request:
+    """What model and data are meant, and how they are to be read."""
+    from profiling_agent.acquisition.request import Request
+    from profiling_agent.records.workload import Overrides
+
+    overrides = _record(
+        lambda: Overrides(
+            mean=_numbers("--mean", mean),
+            std=_numbers("--std", std),
+            scale=scale,
+            resize=_size("--resize", resize),
+            crop=_pair(_size("--crop", crop)),
+            interpolation=interpolation.value if interpolation else None,
+            mode=mode.value if mode else None,
+        )
+    )
+    return Request(
+        model=model,
+        data=data,
+        test_data=test_data,
+        weights=weights,
+        classes=classes,
+        answers=answers.value,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        overrides=overrides,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def takes_request(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that has a parameter ``request`` the flags that make one."""
+    flags = _parameters(request_flags)
+    own = _parameters(command)
+    place = next(index for index, each in enumerate(own) if each.name == "request")
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        request = request_flags(**{each.name: given.pop(each.name) for each in flags})
+        command(request=request, **given)
+
+    # Parameters without a default come first: MODEL, then what the command itself demands.
+    every = [*own[:place], *flags, *own[place + 1 :]]
+    ordered = sorted(every, key=lambda each: each.default is not inspect.Parameter.empty)
+    ordered = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in ordered]
+    wrapped.__signature__ = inspect.Signature(ordered)  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped.__annotations__ = {each.name: each.annotation for each in ordered}
+    return wrapped
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    names = {**globals(), "Request": Any}  # what is only imported for the type checker
+    hints = get_type_hints(function, globalns=names, include_extras=True)
+    return [
+        each.replace(annotation=hints[each.name])
+        for each in inspect.signature(function).parameters.values()
+    ]
+
+
 @app.command()
+@takes_request
 def optimize(
-    model: Model,
-    weights: Weights = None,
-    data: Data = None,
-    test_data: TestData = None,
+    request: Request,
     max_drop: MaxDrop = 0.5,
     time_budget: TimeBudget = "15m",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("result"),
@@ -106,6 +257,7 @@ def optimize(
         lambda: RunSettings(
             budget=Budget(
                 max_drop=max_drop,
+                unit=request.unit,
                 objective=objective.value,
                 time_s=seconds,
                 max_trials=max_trials,
@@ -121,17 +273,9 @@ def optimize(
     check_settings(settings)
     if restart:
         RunStore(out).clear()
-    progress = open_progress(seconds)
+    progress = open_progress(seconds, unit=request.unit)
     try:
-        record = optimize_workload(
-            model,
-            data,
-            settings,
-            out=out,
-            weights=weights,
-            test_data=test_data,
-            progress=progress,
-        )
+        record = optimize_workload(request, settings, out=out, progress=progress)
     except KeyboardInterrupt:
         typer.echo("interrupted; start the same command again to continue", err=True)
         raise typer.Exit(130) from None
@@ -145,10 +289,9 @@ def optimize(
 
 
 @app.command()
+@takes_request
 def profile(
-    model: Model,
-    weights: Weights = None,
-    data: Data = None,
+    request: Request,
     out: Annotated[Path | None, typer.Option(help="file for the profile record")] = None,
     batch_size: BatchSize = 1,
     threads: Threads = None,
@@ -162,9 +305,7 @@ def profile(
     from profiling_agent.report.profile_view import render_profile
 
     record = stages.profile(
-        model,
-        data,
-        weights=weights,
+        request,
         deployment=_deployment(batch_size, threads),
         seconds=parse_duration(time_budget),
         seed=seed,
@@ -187,6 +328,7 @@ def plan(
     batch_size: BatchSize = 1,
     threads: Threads = None,
     seed: Seed = 0,
+    config: Config = None,
 ) -> None:
     """Propose the next plan from a profile (and the trials of a run), and print it."""
     from profiling_agent import stages
@@ -208,12 +350,11 @@ def plan(
 
 
 @app.command()
+@takes_request
 def apply(
-    model: Model,
+    request: Request,
     plan: Annotated[Path, typer.Option(help="a plan file, see docs/plan-format.md")],
     out: Annotated[Path, typer.Option(help="folder for the artefact")],
-    weights: Weights = None,
-    data: Data = None,
     batch_size: BatchSize = 1,
     threads: Threads = None,
     seed: Seed = 0,
@@ -225,11 +366,9 @@ def apply(
     from profiling_agent.report.stage_view import render_built
 
     built = stages.apply(
-        model,
-        data,
+        request,
         Plan.read(plan),
         out,
-        weights=weights,
         deployment=_deployment(batch_size, threads),
         seed=seed,
     )
@@ -237,12 +376,10 @@ def apply(
 
 
 @app.command()
+@takes_request
 def evaluate(
     artefact: Annotated[Path, typer.Argument(help="an artefact folder", metavar="ARTEFACT")],
-    model: Model,
-    weights: Weights = None,
-    data: Data = None,
-    test_data: TestData = None,
+    request: Request,
     out: Annotated[Path | None, typer.Option(help="file for the evaluation record")] = None,
     batch_size: BatchSize = 1,
     threads: Threads = None,
@@ -256,10 +393,7 @@ def evaluate(
 
     record = stages.evaluate(
         artefact,
-        model,
-        data,
-        weights=weights,
-        test_data=test_data,
+        request,
         deployment=_deployment(batch_size, threads),
         seed=seed,
     )
@@ -272,6 +406,7 @@ def evaluate(
 def report(
     run: Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")],
     json: Json = False,
+    config: Config = None,
 ) -> None:
     """Draw a run's report again, from its folder alone."""
     from profiling_agent import stages
@@ -284,6 +419,38 @@ def report(
     _show(record.to_json() if json else None, lambda: render_run(record, folder=run))
 
 
+@app.command()
+@takes_request
+def check(
+    request: Request,
+    out: Annotated[Path, typer.Option(help="folder for samples.png and check.json")] = Path(
+        "check"
+    ),
+    batch_size: BatchSize = 1,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Look at samples, the baseline and what may be wrong, within a minute."""
+    from profiling_agent import checkup
+    from profiling_agent.report.check_view import render_check
+
+    record = checkup.check(request, deployment=_deployment(batch_size, threads), out=out, seed=seed)
+    _show(record.to_json() if json else None, lambda: render_check(record, folder=out))
+    raise typer.Exit(12 if record.has_problems else 0)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="where to write", metavar="FOLDER")] = Path(),
+) -> None:
+    """Write a commented model.py, data.py and profiling-agent.toml to start from."""
+    from profiling_agent.scaffold import write_project
+
+    for path in write_project(folder):
+        typer.echo(f"wrote {path}")
+
+
 def parse_duration(text: str) -> float:
     """Seconds of ``90``, ``90s``, ``15m`` or ``2h``; ``BudgetError`` for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
@@ -291,6 +458,30 @@ def parse_duration(text: str) -> float:
     if not 1.0 <= seconds <= 30 * 86400:
         raise BudgetError(f"The time budget {text!r} is not a duration; write 90s, 15m or 2h.")
     return seconds
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """``0.5,0.5,0.5`` as numbers; ``BudgetError`` for anything else."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in re.split(r"[\s,]+", text.strip()))
+    except ValueError:
+        raise BudgetError(f"{flag} {text!r} is not a list of numbers; write 0.5,0.5,0.5.") from None
+
+
+def _size(flag: str, text: str | None) -> int | tuple[int, int] | None:
+    """``256`` as a side, ``240x320`` as (height, width); ``BudgetError`` for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text.strip())
+    if found is None:
+        raise BudgetError(f"{flag} {text!r} is not a size; write 256 or HEIGHTxWIDTH.")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _deployment(batch_size: int, threads: int | None) -> Deployment:

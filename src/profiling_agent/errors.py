@@ -12,8 +12,9 @@
     └── TrialError                          5   a plan can't be carried out
 
 Messages say what to do next; inside the loop a ``TrialError`` becomes a FAILED trial.
-Verdicts have exit codes too: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11. An internal fault exits with 1,
-an interrupted run with 130. ``UserError`` and its kin are ``ValueError`` as well.
+Verdicts have exit codes too: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11; 12 says that ``check`` found
+problems. An internal fault exits with 1, an interrupted run with 130. ``UserError`` and its kin are
+``ValueError`` as well.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import numpy as np
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import check_artefact
 from profiling_agent.errors import ArtefactError, ModelError, StorageError, TrialError
-from profiling_agent.evaluation.measure import FINAL, Protocol, Race, outcomes, race, score
+from profiling_agent.evaluation.judge import Judge
+from profiling_agent.evaluation.measure import FINAL, Protocol, Race, race
 from profiling_agent.evaluation.predictor import Predictor
-from profiling_agent.evaluation.statistics import samples_to_prove
 from profiling_agent.planning.decide import (
     Final,
     conclude,
@@ -61,18 +61,12 @@ def final_seconds(
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s)
 
 
-def labels_of(workload: Workload, split: SplitName) -> np.ndarray:
-    labels = workload.splits[split].labels
-    assert labels is not None
-    return np.asarray(labels)
-
-
-def predict_original(
-    predictor: Predictor, workload: Workload, data: Path, split: SplitName
+def answers_of_original(
+    predictor: Predictor, judge: Judge, data: Path, split: SplitName
 ) -> np.ndarray:
-    """Classes the untouched model predicts; ``ModelError`` when its forward fails."""
+    """What the untouched model answers (samples, ...); ``ModelError`` when its forward fails."""
     try:
-        return outcomes(predictor.logits(data / split), workload.record.task.num_classes)
+        return judge.answers(predictor.logits(data / split))
     except TrialError as error:
         raise ModelError(
             f"The untouched model fails on the {split} data: {error} Run it by hand on one batch "
@@ -95,7 +89,7 @@ class Finish:
         warn: Callable[[str], None],
     ) -> None:
         self.store, self.workload, self.state, self.runner = store, workload, state, runner
-        self.progress, self.warn = progress, warn
+        self.progress, self.warn, self.judge = progress, warn, runner.judge
         self.budget, self.deployment = settings.budget, settings.deployment
         timing = state.baseline.timing if state.baseline else None
         assert timing is not None
@@ -144,13 +138,14 @@ class Finish:
         if predicted is None:
             predictor = self.runner.baseline.open()
             with quiet(self.progress):
-                predicted = predict_original(predictor, self.workload, self.store.data, "test")
+                predicted = answers_of_original(predictor, self.judge, self.store.data, "test")
             predictor.pause()
             write_array(path, predicted)
         baseline = self.state.baseline
         assert baseline is not None
         if baseline.on("test") is None:
-            accuracy = score("test", predicted, labels_of(self.workload, "test"), None)
+            labels = self.workload.splits["test"].labels
+            accuracy = self.judge.score("test", predicted, labels, None)
             parts = (*baseline.accuracy, accuracy)
             self.state.baseline = baseline.model_copy(update={"accuracy": parts})
             self.store.journal.append("baseline", self.state.baseline)
@@ -179,14 +174,12 @@ class Finish:
         return _final_of(trial, known)
 
     def _look_now(self, trial: Trial) -> dict[str, Any]:
-        built, labels = self._built(trial), labels_of(self.workload, "test")
+        built, labels = self._built(trial), self.workload.splits["test"].labels
         with contextlib.closing(self._open(trial, built)) as predictor:
-            logits = predictor.logits(self.store.data / "test")
-        predicted = outcomes(logits, self.workload.record.task.num_classes)
-        accuracy = score("test", predicted, labels, self.original, level=self.level)
-        needed = samples_to_prove(
-            self.original == labels, predicted == labels, self.budget.max_drop, level=self.level
-        )
+            ours = self.judge.answers(predictor.logits(self.store.data / "test"))
+        accuracy = self.judge.score("test", ours, labels, self.original, level=self.level)
+        drop = self.judge.drop(ours, labels, self.original, level=self.level)
+        needed = drop.samples_to_prove(self.budget.max_drop)
         evaluation = self._unraced(trial, built, accuracy)
         return _facts(evaluation, None, needed)
 

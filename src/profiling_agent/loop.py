@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from profiling_agent.acquisition.acquire import acquire, describe_source
+from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import baseline_size
 from profiling_agent.deployment.runtimes import RUNTIMES, available
@@ -26,13 +26,11 @@ from profiling_agent.errors import (
     ModelError,
     TrialError,
 )
-from profiling_agent.evaluation.measure import TRIAL, race, score
+from profiling_agent.evaluation.judge import Judge, find_judge, load_metric
+from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
-from profiling_agent.evaluation.statistics import (
-    accuracy_interval,
-    provable_drop,
-)
-from profiling_agent.finish import Finish, final_seconds, labels_of, predict_original
+from profiling_agent.evaluation.statistics import provable_drop
+from profiling_agent.finish import Finish, answers_of_original, final_seconds
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.check import check_budget, check_plan
@@ -72,13 +70,10 @@ PATIENCE = 5
 
 
 def optimize_workload(
-    model: str | nn.Module,
-    data: object | None,
+    request: Request,
     settings: RunSettings,
     *,
     out: Path,
-    weights: str | None = None,
-    test_data: object | None = None,
     planner: Planner | None = None,
     progress: Progress | None = None,
 ) -> RunRecord:
@@ -89,6 +84,7 @@ def optimize_workload(
     """
     progress = progress or SilentProgress()
     check_settings(settings)
+    metric = load_metric(request.metric)
     planner = planner or find_planner(settings.planner)
     store = RunStore(out)
     store.create()
@@ -97,11 +93,9 @@ def optimize_workload(
     store.journal.clock = lambda: spent + now() - start
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.locked())
-        refuse_others(store, settings, describe_source(model, data, weights, test_data))
+        refuse_others(store, settings, request.source())
         progress.stage("acquiring", "model and data")
-        workload = acquire(
-            model, data, weights=weights, test_data=test_data, folder=store.data, seed=settings.seed
-        )
+        workload = acquire(request, folder=store.data, seed=settings.seed)
         check_task(workload, settings)
         state = resume(store, settings, workload.record)
         if state.verdict is None:
@@ -109,10 +103,11 @@ def optimize_workload(
                 store=store,
                 settings=settings,
                 workload=workload,
+                judge=find_judge(workload.record.task, metric),
                 state=state,
                 planner=planner,
                 progress=progress,
-                is_live=not isinstance(model, str),
+                is_live=request.is_live,
                 stack=stack,
             )
             run.walk()
@@ -137,9 +132,12 @@ def check_task(workload: Workload, settings: RunSettings) -> None:
     """``DataError`` when the data can't decide about the budget, before time is spent."""
     splits = {split.name: split for split in workload.record.splits}
     if "search" not in splits or "test" not in splits:
-        raise DataError("Optimizing needs labelled data; pass --data with images and labels.")
+        raise DataError(
+            "Optimizing needs data: pass --data with labels, or without labels and "
+            "--metric agreement."
+        )
     num_test, budget = splits["test"].num_samples, settings.budget
-    if 100.0 / num_test > budget.max_drop:
+    if workload.record.task.unit == "points" and 100.0 / num_test > budget.max_drop:
         raise DataError(
             f"One of the {num_test:,} test samples weighs {100.0 / num_test:.2g} points, more than "
             f"the budget of {budget.max_drop:g}. Give more test data, or allow a larger --max-drop."
@@ -155,6 +153,7 @@ class _Run:
         store: RunStore,
         settings: RunSettings,
         workload: Workload,
+        judge: Judge,
         state: RunState,
         planner: Planner,
         progress: Progress,
@@ -164,6 +163,7 @@ class _Run:
         self.store, self.settings, self.workload, self.state = store, settings, workload, state
         self.planner, self.progress, self.is_live, self.stack = planner, progress, is_live, stack
         self.budget, self.deployment = settings.budget, settings.deployment
+        self.judge = judge
         self.machine = describe_machine()
         self.memory_limit = int(0.85 * self.machine.memory_bytes)
 
@@ -174,10 +174,11 @@ class _Run:
 
     def walk(self) -> None:
         num_test = self.workload.record.split("test").num_samples
-        self.progress.message(
-            f"{num_test:,} test samples can prove drops down to about "
-            f"{provable_drop(num_test):.2f} points (if 2 % of the predictions change)"
-        )
+        if self.workload.record.task.unit == "points":
+            self.progress.message(
+                f"{num_test:,} test samples can prove drops down to about "
+                f"{provable_drop(num_test):.2f} points (if 2 % of the predictions change)"
+            )
         if self.is_live:
             self._warn("The model is a live object: its trials run in this process, unguarded.")
         baseline = self._baseline()
@@ -186,6 +187,7 @@ class _Run:
             builder=builder,
             workload=self.workload,
             baseline=baseline,
+            judge=self.judge,
             deployment=self.deployment,
             max_drop=self.budget.max_drop,
             data=self.store.data,
@@ -230,8 +232,8 @@ class _Run:
         path = self.store.data / "baseline_search.npy"
         predicted = read_array(path)
         if self.state.baseline is None or predicted is None:
-            predicted = predict_original(predictor, self.workload, self.store.data, "search")
-            self._refuse_broken(predicted)
+            predicted = answers_of_original(predictor, self.judge, self.store.data, "search")
+            self.judge.refuse_broken(predicted, self.workload.splits["search"].labels)
             write_array(path, predicted)
             self._measure_baseline(predictor, predicted)
         predictor.pause()
@@ -256,22 +258,6 @@ class _Run:
         self.stack.callback(predictor.close)
         return predictor
 
-    def _refuse_broken(self, predicted: np.ndarray) -> None:
-        labels = labels_of(self.workload, "search")
-        right = accuracy_interval(predicted == labels, confidence=0.99)
-        counts = np.bincount(labels)
-        chance = 100.0 * counts.max() / len(labels)
-        if right.low <= chance:
-            shown = ", ".join(
-                f"{int(p)} for {int(y)}" for p, y in zip(predicted[:8], labels[:8], strict=True)
-            )
-            raise DataError(
-                f"The untouched model is right on {right.estimate:.1f} % of {len(labels):,} "
-                f"samples, no better than always answering the commonest class ({chance:.1f} %). "
-                "Check the weights, the preprocessing and the labels' numbering "
-                f"(first answers: {shown})."
-            )
-
     def _measure_baseline(self, predictor: Predictor, predicted: np.ndarray) -> None:
         try:
             with quiet(self.progress):
@@ -280,6 +266,7 @@ class _Run:
         except TrialError as error:
             raise ModelError(f"The untouched model can't be timed: {error}") from None
         measured = timing.timing("baseline")
+        labels = self.workload.splits["search"].labels
         missing = ()
         if memory is None:
             missing = (NotMeasured(what="memory", reason="not a process of its own"),)
@@ -288,7 +275,7 @@ class _Run:
             runtime="torch",
             scheme="eager fp32",
             deployment=self.deployment,
-            accuracy=(score("search", predicted, labels_of(self.workload, "search"), None),),
+            accuracy=(self.judge.score("search", predicted, labels, None),),
             timing=measured,
             speedup=None,
             throughput_per_s=1e3 * self.deployment.batch_size / measured.median_ms,

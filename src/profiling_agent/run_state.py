@@ -73,7 +73,7 @@ def resume(store: RunStore, settings: RunSettings, workload: WorkloadRecord) -> 
         state = RunState(settings=settings, workload=workload, machine=machine)
         store.journal.append("begin", _beginning(settings, workload, machine))
         return state
-    if state.workload != workload:
+    if not workload.same_as(state.workload):
         raise StorageError(
             f"{str(store.folder)!r} holds a run with other weights or data of the same name. Pass "
             "another --out, or --restart to throw that run away."

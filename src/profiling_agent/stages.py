@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
-
 from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import check_artefact, read_manifest
 from profiling_agent.deployment.runtimes import require_runtime
 from profiling_agent.errors import ArtefactError, DataError, PlanError
-from profiling_agent.evaluation.measure import FINAL, outcomes, race, score
+from profiling_agent.evaluation.judge import find_judge, load_metric
+from profiling_agent.evaluation.measure import FINAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.check import check_budget, check_plan, demand_plan
@@ -35,27 +35,16 @@ from profiling_agent.trial import LocalBuilder, evaluation_of
 
 
 @contextlib.contextmanager
-def workload_of(
-    model: str | nn.Module,
-    data: object | None,
-    weights: str | None = None,
-    test_data: object | None = None,
-    seed: int = 0,
-) -> Iterator[tuple[Workload, Path]]:
+def workload_of(request: Request, seed: int = 0) -> Iterator[tuple[Workload, Path]]:
     """A workload for the length of a block, its arrays in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="profiling-agent-") as name:
         folder = Path(name) / "data"
-        yield (
-            acquire(model, data, weights=weights, test_data=test_data, folder=folder, seed=seed),
-            folder,
-        )
+        yield acquire(request, folder=folder, seed=seed), folder
 
 
 def profile(
-    model: str | nn.Module,
-    data: object | None = None,
+    request: Request,
     *,
-    weights: str | None = None,
     deployment: Deployment | None = None,
     seconds: float = 120.0,
     seed: int = 0,
@@ -65,8 +54,8 @@ def profile(
     Without data the inputs are random and sensitivity means nothing, so it is left out.
     """
     deployment = deployment or Deployment()
-    with workload_of(model, data, weights, seed=seed) as (workload, _folder):
-        has_data = workload.record.source.data is not None or data is not None
+    with workload_of(request, seed) as (workload, _folder):
+        has_data = workload.record.source.data is not None or request.data is not None
         return profile_workload(
             workload, describe_machine(), deployment, seconds=seconds, with_sensitivity=has_data
         )
@@ -102,12 +91,10 @@ def propose(
 
 
 def apply(
-    model: str | nn.Module,
-    data: object | None,
+    request: Request,
     plan: Plan,
     out: Path,
     *,
-    weights: str | None = None,
     deployment: Deployment | None = None,
     seed: int = 0,
 ) -> BuiltArtefact:
@@ -118,7 +105,7 @@ def apply(
     """
     deployment = deployment or Deployment()
     require_runtime(plan.runtime)
-    with workload_of(model, data, weights, seed=seed) as (workload, _folder):
+    with workload_of(request, seed) as (workload, _folder):
         if plan.pruning and "search" not in workload.splits:
             raise DataError(
                 "Pruning chooses and repairs units on calibration data; pass --data (labels are "
@@ -133,48 +120,44 @@ def apply(
 
 def evaluate(
     artefact: Path,
-    model: str | nn.Module,
-    data: object | None,
+    request: Request,
     *,
-    weights: str | None = None,
-    test_data: object | None = None,
     deployment: Deployment | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Measure an artefact beside the original on the test split; same protocol as the loop's."""
     built = check_artefact(artefact)
     deployment = deployment or Deployment()
-    with workload_of(model, data, weights, test_data, seed) as (workload, folder):
+    metric = load_metric(request.metric)
+    with workload_of(request, seed) as (workload, folder):
         if "test" not in workload.splits:
             raise DataError("Evaluating needs labelled data; pass --data with images and labels.")
         _check_same_inputs(artefact, workload)
-        labels = workload.splits["test"].labels
-        assert labels is not None
-        classes = workload.record.task.num_classes
+        judge = find_judge(workload.record.task, metric)
         with contextlib.ExitStack() as stack:
-            original = _open_original(stack, model, workload, folder, deployment)
+            original = _open_original(stack, request, workload, folder, deployment)
             mine = stack.enter_context(
                 contextlib.closing(ProbeProcess.artefact(artefact, built.runtime, deployment))
             )
-            before = outcomes(original.logits(folder / "test"), classes)
+            before = judge.answers(original.logits(folder / "test"))
             original.pause()
-            after = outcomes(mine.logits(folder / "test"), classes)
-            accuracy = score("test", after, labels, before)
+            after = judge.answers(mine.logits(folder / "test"))
+            accuracy = judge.score("test", after, workload.splits["test"].labels, before)
             times = race({"baseline": original, "artefact": mine}, folder / "calibration", FINAL)
             return evaluation_of("artefact", built, deployment, (accuracy,), times, mine)
 
 
 def _open_original(
     stack: contextlib.ExitStack,
-    model: str | nn.Module,
+    request: Request,
     workload: Workload,
     folder: Path,
     deployment: Deployment,
 ) -> Predictor:
     predictor: Predictor = (
-        ProbeProcess.eager(folder, deployment)
-        if isinstance(model, str)
-        else LivePredictor(workload, deployment)
+        LivePredictor(workload, deployment)
+        if request.is_live
+        else ProbeProcess.eager(folder, deployment)
     )
     stack.callback(predictor.close)
     return predictor

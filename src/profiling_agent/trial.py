@@ -24,13 +24,8 @@ from profiling_agent.acquisition.workload import Workload
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.deployment.artefact import build_artefact
 from profiling_agent.errors import ProfilingAgentError, StorageError
-from profiling_agent.evaluation.measure import (
-    TRIAL,
-    Race,
-    outcomes,
-    race,
-    score,
-)
+from profiling_agent.evaluation.judge import Judge
+from profiling_agent.evaluation.measure import TRIAL, Race, race
 from profiling_agent.evaluation.measure import (
     Protocol as TimingProtocol,
 )
@@ -184,7 +179,7 @@ class WorkerBuilder:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The untouched model: how to open it, and the classes it predicts on search (samples,)."""
+    """The untouched model: how to open it, and its answers on the search split (samples, ...)."""
 
     open: Callable[[], Predictor]
     search: np.ndarray
@@ -199,6 +194,7 @@ class TrialRunner:
         builder: Builder,
         workload: Workload,
         baseline: Baseline,
+        judge: Judge,
         deployment: Deployment,
         max_drop: float,
         data: Path,
@@ -206,6 +202,7 @@ class TrialRunner:
     ) -> None:
         self.builder = builder
         self.workload = workload
+        self.judge = judge
         self.baseline = baseline
         self.deployment = deployment
         self._max_drop = max_drop
@@ -286,21 +283,16 @@ class TrialRunner:
         return trial.model_copy(update={"status": "done", "evaluation": evaluation})
 
     def _screen(self, predictor: Predictor) -> str | None:
-        labels = self._labels()[:SCREEN_SAMPLES]
-        logits = predictor.logits(self._data / "search", len(labels))
-        predicted = outcomes(logits, self.workload.record.task.num_classes)
-        original = self.baseline.search[: len(labels)]
-        return collapsed(original == labels, predicted == labels, self._max_drop)
+        outputs = predictor.logits(self._data / "search", SCREEN_SAMPLES)
+        ours, labels = self.judge.answers(outputs), self.workload.splits["search"].labels
+        original = self.baseline.search[: len(ours)]
+        some = None if labels is None else np.asarray(labels[: len(ours)])
+        return collapsed(self.judge, ours, some, original, self._max_drop)
 
     def _search_accuracy(self, predictor: Predictor) -> Accuracy:
-        logits = predictor.logits(self._data / "search")
-        predicted = outcomes(logits, self.workload.record.task.num_classes)
-        return score("search", predicted, self._labels(), self.baseline.search)
-
-    def _labels(self) -> np.ndarray:
+        ours = self.judge.answers(predictor.logits(self._data / "search"))
         labels = self.workload.splits["search"].labels
-        assert labels is not None
-        return np.asarray(labels)
+        return self.judge.score("search", ours, labels, self.baseline.search)
 
 
 def evaluation_of(

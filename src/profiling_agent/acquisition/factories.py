@@ -22,18 +22,6 @@ from torch import nn
 
 from profiling_agent.errors import DataError, ModelError, UserError
 
-HUBS = {
-    "hf": (
-        "from transformers import AutoModelForImageClassification",
-        "return AutoModelForImageClassification.from_pretrained({name!r})",
-    ),
-    "timm": ("import timm", "return timm.create_model({name!r}, pretrained=True)"),
-    "torchvision": (
-        "import torchvision",
-        "return torchvision.models.get_model({name!r}, weights='DEFAULT')",
-    ),
-}
-
 
 def split_reference(reference: str) -> tuple[Path, str] | None:
     """``path/file.py:name`` as absolute path and name; None when it doesn't have that form."""
@@ -48,12 +36,11 @@ def build_model(reference: str) -> nn.Module:
 
     Weights that the factory draws at random are the same in every process. Raises ``ModelError``.
     """
-    _refuse_hub(reference)
     place = split_reference(reference)
     if place is None:
         raise ModelError(
-            f"{reference!r} is not a model reference; pass 'demo:vit', 'demo:resnet' or "
-            "'path/file.py:factory'."
+            f"{reference!r} is not a model reference; pass 'hf:NAME', 'timm:NAME', "
+            "'torchvision:NAME', 'path/file.py:factory', 'demo:vit' or 'demo:resnet'."
         )
     found = import_object(*place, ModelError)
     if isinstance(found, nn.Module):
@@ -150,17 +137,6 @@ def _folder_of(reference: str) -> Path | None:
     return None if place is None else place[0].parent
 
 
-def _refuse_hub(reference: str) -> None:
-    hub, colon, name = reference.partition(":")
-    if not colon or hub not in HUBS:
-        return
-    imports, body = HUBS[hub]
-    raise ModelError(
-        f"{reference!r}: models of {hub} are not fetched by name; write model.py and pass "
-        f"'model.py:model':\n    {imports}\n    def model():\n        {body.format(name=name)}"
-    )
-
-
 def build_data(reference: str) -> tuple[Any, Any]:
     """What ``path/file.py:name`` gives, and the object of that name itself (for its attributes).
 
@@ -168,9 +144,7 @@ def build_data(reference: str) -> tuple[Any, Any]:
     """
     place = split_reference(reference)
     if place is None:
-        raise DataError(
-            f"{reference!r} is not a data reference; pass a '.npz' file or 'path/file.py:factory'."
-        )
+        raise DataError(f"{reference!r} is not a data reference; pass 'path/file.py:factory'.")
     found = import_object(*place, DataError)
     is_factory = isinstance(found, type) or (
         callable(found) and not hasattr(found, "__getitem__") and not hasattr(found, "__iter__")

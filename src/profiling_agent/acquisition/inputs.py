@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from profiling_agent.acquisition.data import UNNAMED
 from profiling_agent.acquisition.preprocess import preprocess
-from profiling_agent.acquisition.workload import compute_logits
+from profiling_agent.acquisition.workload import compute_logits, compute_output
 from profiling_agent.errors import DataError, ModelError
 from profiling_agent.records.workload import InputSpec, Preprocessing
 
@@ -31,11 +31,11 @@ Layout = Literal["none", "hw", "hwc", "chw"]
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """Inputs that forward was seen to take, and how many classes came out."""
+    """Inputs that forward was seen to take, and how many values came out for a sample."""
 
     inputs: tuple[InputSpec, ...]
     preprocessing: Preprocessing
-    num_classes: int
+    output_shape: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -43,12 +43,17 @@ class Resolved:
 
 
 def resolve_from_data(
-    model: nn.Module, samples: Sequence[Mapping[str, np.ndarray]], stated: Mapping[str, Any]
+    model: nn.Module,
+    samples: Sequence[Mapping[str, np.ndarray]],
+    stated: Mapping[str, Any],
+    *,
+    wants_classes: bool = True,
 ) -> tuple[Resolved, dict[str, str]]:
     """Inputs from one or two raw samples, and the data's names of inputs to the model's.
 
-    ``stated`` is the preprocessing the data state (mean, std, scale, layout). Raises ``DataError``
-    when names or the preprocessing don't fit, ``ModelError`` when forward refuses the data.
+    ``stated`` is the preprocessing that holds (mean, std, scale, layout, source). Raises
+    ``DataError`` when names or the preprocessing don't fit, ``ModelError`` when forward refuses the
+    data or, with ``wants_classes``, gives no logits.
     """
     names = match_names(model, list(samples[0]))
     # One sample twice does as well: only the batch's size matters.
@@ -63,14 +68,14 @@ def resolve_from_data(
     for dtypes in _dtype_choices(raw, preprocessing):
         specs = _with_shapes(_specs(raw, dtypes), raw, preprocessing)
         try:
-            num_classes = prove(model, _tensors(raw, specs, preprocessing))
+            shape = prove(model, _tensors(raw, specs, preprocessing), wants_classes=wants_classes)
         except ModelError:
             raise
         except Exception as error:  # whatever the user's forward raises
             failure = failure or error
             continue
         resolved = Resolved(
-            inputs=specs, preprocessing=preprocessing, num_classes=num_classes, notes=notes
+            inputs=specs, preprocessing=preprocessing, output_shape=shape, notes=notes
         )
         return resolved, names
     assert failure is not None
@@ -181,8 +186,15 @@ def infer_layout(shape: tuple[int, ...]) -> str:
 # --- without data ---
 
 
-def resolve_without_data(model: nn.Module) -> Resolved:
+def resolve_without_data(
+    model: nn.Module,
+    *,
+    likely: tuple[int, ...] | None = None,
+    wants_classes: bool = True,
+) -> Resolved:
     """Inputs from the model's configuration or by probing, proven by forward.
+
+    ``likely`` is the shape that the model's library states, tried first.
 
     Raises ``ModelError`` that quotes the model's own last exception when nothing works.
     """
@@ -190,9 +202,10 @@ def resolve_without_data(model: nn.Module) -> Resolved:
     default = parameters[0] if parameters else "x"
     failure: Exception | None = None
     tried: list[str] = []
-    for spec in _candidates(model, default):
+    for spec in _candidates(model, default, likely):
         try:
-            num_classes = prove(model, {spec.name: random_input(model, spec, 2, seed=0)})
+            values = random_input(model, spec, 2, seed=0)
+            shape = prove(model, {spec.name: values}, wants_classes=wants_classes)
         except ModelError:
             raise
         except Exception as error:  # whatever the user's forward raises
@@ -201,7 +214,7 @@ def resolve_without_data(model: nn.Module) -> Resolved:
             continue
         note = f"the input shape {spec.shape} was found by {spec.found_by}; pass data to be sure"
         return Resolved(
-            inputs=(spec,), preprocessing=Preprocessing(), num_classes=num_classes, notes=(note,)
+            inputs=(spec,), preprocessing=Preprocessing(), output_shape=shape, notes=(note,)
         )
     reason = (
         "it has no convolution, linear or embedding layer to start from"
@@ -225,8 +238,8 @@ def random_input(model: nn.Module, spec: InputSpec, num_samples: int, seed: int)
     return torch.randint(0, sizes[0] if sizes else 2, shape, generator=generator)
 
 
-def _candidates(model: nn.Module, name: str) -> Iterator[InputSpec]:
-    for shape in _configured_shapes(model):
+def _candidates(model: nn.Module, name: str, likely: tuple[int, ...] | None) -> Iterator[InputSpec]:
+    for shape in [*([likely] if likely else []), *_configured_shapes(model)]:
         yield InputSpec(name=name, shape=shape, dtype="float32", found_by="configuration")
     first = next(
         (
@@ -284,28 +297,37 @@ def _entry(holder: Any, *names: str) -> Any:
 
 
 @torch.no_grad()  # inference mode would taint what a forward caches, and repair needs gradients
-def prove(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Call forward with the first sample and with both of ``inputs``; the number of classes.
+def prove(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, wants_classes: bool = True
+) -> tuple[int, ...]:
+    """Call forward with the first sample and with both of ``inputs``; the shape for one sample.
 
-    The model's own exceptions pass through; ``ModelError`` when the output is not finite logits
-    ``(batch, classes)``.
+    The model's own exceptions pass through; ``ModelError`` when the output is not finite floats
+    (batch, ...), or with ``wants_classes`` not logits (batch, classes).
     """
-    num_classes = 0
+    shape: tuple[int, ...] = ()
     for size in (1, 2):
-        logits = compute_logits(model, {name: x[:size] for name, x in inputs.items()})
-        shape = tuple(logits.shape)
-        if logits.ndim != 2 or shape[0] != size or shape[1] < 2:
+        batch = {name: x[:size] for name, x in inputs.items()}
+        logits = compute_logits(model, batch) if wants_classes else compute_output(model, batch)
+        found = tuple(logits.shape)
+        if wants_classes and (logits.ndim != 2 or found[0] != size or found[1] < 2):
             raise ModelError(
-                f"The model's output for {size} samples has the shape {shape}; it must be logits "
-                "(batch, classes) with at least two classes."
+                f"The model's output for {size} samples has the shape {found}; it must be logits "
+                "(batch, classes) with at least two classes. For any other task pass a metric of "
+                "your own: --metric path/file.py:function."
+            )
+        if not found or found[0] != size or (shape and found[1:] != shape):
+            raise ModelError(
+                f"The model's output for {size} samples has the shape {found}; it must be one "
+                "tensor (batch, ...) whose other axes are always the same."
             )
         if not logits.is_floating_point() or not bool(torch.isfinite(logits).all()):
             raise ModelError(
                 "The model's output on the first samples is not finite floats; check the weights "
                 "and the preprocessing."
             )
-        num_classes = shape[1]
-    return num_classes
+        shape = found[1:]
+    return shape
 
 
 def _dtype_choices(

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from profiling_agent.acquisition.data import Sample, Source
+from profiling_agent.acquisition.data import Sample, Source, UnreadableSample, as_label
+from profiling_agent.acquisition.reading import Reader, read_all
 from profiling_agent.acquisition.workload import Split
 from profiling_agent.errors import DataError
+from profiling_agent.machine.clock import now
 from profiling_agent.records.workload import SplitInfo, SplitName
 
 MAX_CALIBRATION = 512
 LABELS_FILE = "labels.npy"
+PLAIN_READER = Reader()
 _CHUNK_BYTES = 1 << 24
 
 
@@ -142,7 +145,13 @@ def _labelled(source: Source) -> bool:
     return source.get(0).label is not None
 
 
-def stage(source: Source, folder: Path, max_samples: int, seed: int) -> Source:
+LabelReader = Callable[[Any], Any]
+"""From what the data call a label to an int, or an array for a metric of the user's."""
+
+
+def stage(
+    source: Source, folder: Path, max_samples: int, seed: int, reader: Reader = PLAIN_READER
+) -> Source:
     """A stream as a source that can be read by index: at most ``max_samples``, drawn evenly.
 
     Reads the stream once to its end (reservoir sampling, Vitter 1985). Raises ``DataError`` for
@@ -150,21 +159,18 @@ def stage(source: Source, folder: Path, max_samples: int, seed: int) -> Source:
     """
     rng = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
-    labels: list[int | None] = []
+    labels: list[Any] = []
     num_seen = 0
-    for sample in source.stream():
+    for raw in source.stream():
+        num_seen += 1
+        row = len(labels) if len(labels) < max_samples else int(rng.integers(num_seen))
+        if row >= max_samples:
+            continue
+        sample = reader.read(raw)
         if not arrays:
             arrays = _create(folder, sample, max_samples)
-        num_seen += 1
-        if len(labels) < max_samples:
-            row = len(labels)
-            labels.append(sample.label)
-        else:
-            row = int(rng.integers(num_seen))
-            if row >= max_samples:
-                continue
-            labels[row] = sample.label
         _store(arrays, row, sample, num_seen - 1)
+        labels[row : row + 1] = [sample.label]
     if num_seen > len(labels):
         source.notes.append(f"{num_seen} samples were thinned at random to {len(labels)}")
 
@@ -178,36 +184,106 @@ def stage(source: Source, folder: Path, max_samples: int, seed: int) -> Source:
     )
 
 
-def write_split(share: Share, folder: Path, names: Mapping[str, str]) -> SplitInfo:
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A split on disk, and what it took: samples left out, each with its reason, and seconds."""
+
+    info: SplitInfo
+    unreadable: tuple[str, ...]
+    seconds: float
+
+
+def write_split(
+    share: Share,
+    folder: Path,
+    names: Mapping[str, str],
+    reader: Reader = PLAIN_READER,
+    label_of: LabelReader | None = None,
+) -> Written:
     """Stream one split to ``folder/<input>.npy`` and ``folder/labels.npy``.
 
-    ``names`` maps the data's names of inputs to the model's. Raises ``DataError`` for samples of
-    different shapes, NaN inputs, or labels that some samples have and some don't.
+    ``names`` maps the data's names of inputs to the model's; ``label_of`` reads labels (by default
+    as classes). Samples that can't be read are left out and reported. Raises ``DataError`` for
+    samples of different shapes, NaN inputs, or labels that some samples have and some don't.
     """
+    start = now()
+    label_of = label_of or (lambda value: as_label(value, share.source.notes))
+    total = len(share.indices)
     arrays: dict[str, np.ndarray] = {}
-    labels: list[int] = []
-    for row, index in enumerate(share.indices):
-        sample = share.source.get(int(index))
-        sample = Sample(inputs=_rename(sample.inputs, names, int(index)), label=sample.label)
+    labels: list[Any] = [None] * total
+    unreadable: dict[int, str] = {}
+    # Rows are read in the order of the source, which files like better than a random one.
+    rows = np.argsort(share.indices, kind="stable")
+    found = read_all(share.source, share.indices[rows], reader)
+    for row, (index, raw) in zip(rows.tolist(), found, strict=True):
+        if isinstance(raw, UnreadableSample):
+            unreadable[row] = str(raw)
+            continue
+        sample = Sample(inputs=_rename(raw.inputs, names, index), label=label_of(raw.label))
         if not arrays:
-            arrays = _create(folder, sample, len(share.indices))
+            arrays = _create(folder, sample, total)
             _reserve(folder, arrays)
-        _store(arrays, row, sample, int(index))
-        if sample.label is not None:
-            labels.append(sample.label)
-        if len(labels) not in (0, row + 1):
-            raise DataError(f"Sample {index} of {share.split!r}: some have labels and some don't.")
-    for array in arrays.values():
+        _store(arrays, row, sample, index)
+        labels[row] = sample.label
+    kept = [row for row in range(total) if row not in unreadable]
+    if not kept:
+        reason = next(iter(unreadable.values()), "there are none")
+        raise DataError(f"None of the {total} {share.split} samples can be read: {reason}")
+    for name, array in arrays.items():
         cast(np.memmap, array).flush()
-    (folder / LABELS_FILE).unlink(missing_ok=True)
-    if labels:
-        np.save(folder / LABELS_FILE, np.asarray(labels, dtype=np.int64))
-    return SplitInfo(
+        if unreadable:
+            _keep_rows(folder / f"{name}.npy", kept)
+    labelled = _write_labels(folder / LABELS_FILE, [labels[row] for row in kept], share.split)
+    info = SplitInfo(
         name=share.split,
-        num_samples=len(share.indices),
-        labelled=bool(labels),
+        num_samples=len(kept),
+        labelled=labelled,
         sha256=hash_split(folder, list(arrays)),
     )
+    return Written(
+        info=info,
+        unreadable=tuple(unreadable[row] for row in sorted(unreadable)),
+        seconds=now() - start,
+    )
+
+
+def _keep_rows(path: Path, rows: list[int]) -> None:
+    """Take the rows of samples that were left out from an array on disk."""
+    array = np.load(path, mmap_mode="r")
+    draft = path.with_suffix(".draft.npy")
+    kept = open_memmap(draft, mode="w+", dtype=array.dtype, shape=(len(rows), *array.shape[1:]))
+    for start in range(0, len(rows), 256):
+        kept[start : start + 256] = array[rows[start : start + 256]]
+    kept.flush()
+    draft.replace(path)
+
+
+def _write_labels(path: Path, labels: list[Any], split: str) -> bool:
+    """Write the labels when there are any; ``DataError`` when only some samples have one."""
+    path.unlink(missing_ok=True)
+    num_missing = sum(label is None for label in labels)
+    if num_missing == len(labels):
+        return False
+    if num_missing:
+        raise DataError(
+            f"{num_missing} of the {len(labels)} samples of {split!r} have no label and the others "
+            "have one; label all or none."
+        )
+    np.save(path, _stack(labels, split))
+    return True
+
+
+def _stack(labels: list[Any], split: str) -> np.ndarray:
+    """Classes as int64 (samples,), targets in the kind they have (samples, ...)."""
+    if all(isinstance(label, int) for label in labels):
+        return np.asarray(labels, dtype=np.int64)
+    shapes = {np.shape(label) for label in labels}
+    if len(shapes) > 1:
+        some = " and ".join(str(shape) for shape in sorted(shapes)[:2])
+        raise DataError(
+            f"The targets of the {split} samples have different shapes ({some}); pad them to one."
+        )
+    return np.stack(labels)
 
 
 def open_split(info: SplitInfo, folder: Path, names: Sequence[str]) -> Split:
@@ -251,19 +327,30 @@ def check_labels(split: Split, num_classes: int) -> None:
     """``DataError`` for labels the model can't give, or (but in calibration) of a single class."""
     if split.labels is None:
         raise DataError(
-            f"The {split.info.name} samples have no labels; only calibration can do without."
+            f"The {split.info.name} samples have no labels; give them, or compare with the "
+            "original's own answers by --metric agreement."
         )
+    if split.labels.ndim != 1:
+        raise DataError(f"The labels have the shape {split.labels.shape}; accuracy needs classes.")
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= num_classes:
         raise DataError(
             f"The {split.info.name} labels range from {low} to {high}, but the model has "
-            f"{num_classes} classes (0 to {num_classes - 1}); map the labels or check the model."
+            f"{num_classes} classes (0 to {num_classes - 1}); {_remedy(low, high, num_classes)}."
         )
     if low == high and split.info.name != "calibration":
         raise DataError(
             f"All {split.info.num_samples} {split.info.name} samples are of class {low}; an "
             "accuracy on one class says nothing. Give samples of several classes."
         )
+
+
+def _remedy(low: int, high: int, num_classes: int) -> str:
+    if (low, high) == (1, num_classes):
+        return "they are numbered from 1, so subtract 1"
+    if low == -1:
+        return "-1 often stands for an unknown label, so leave these samples out"
+    return "map the labels or check the model"
 
 
 def _fingerprints(split: Split) -> Iterable[bytes]:

@@ -60,12 +60,12 @@ def load_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     Half-precision weights are cast. Raises ``ModelError`` when the file is missing, damaged, holds
     more than plain tensors, or its keys don't fit.
     """
-    content = _read(path)
+    content = read_weights(path)
     target = _target_shapes(model)
     fits = [
         _fit(wrapper, variant, target, model)
-        for wrapper, state in _states(content, "", 3)
-        for variant in _variants(state)
+        for wrapper, state in readings(content, "", 3)
+        for variant in variants(state)
     ]
     if not fits:
         raise ModelError(
@@ -117,7 +117,7 @@ def _check_finite(model: nn.Module) -> None:
         )
 
 
-def _read(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"The weights {str(path)!r} don't exist; check the path after --weights.")
     if path.suffix == ".safetensors":
@@ -163,7 +163,7 @@ def _is_refused_pickle(path: Path, error: Exception) -> bool:
     return isinstance(error, pickle.UnpicklingError) and (head == b"PK" or head[:1] == b"\x80")
 
 
-def _states(content: Any, wrapper: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def readings(content: Any, wrapper: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every reading of the file as tensors by name, the most direct first."""
     if not isinstance(content, Mapping):
         return
@@ -174,10 +174,10 @@ def _states(content: Any, wrapper: str, depth: int) -> Iterator[tuple[str, dict[
         return
     for key in WRAPPERS:
         if key in content:
-            yield from _states(content[key], f"{wrapper}.{key}" if wrapper else key, depth - 1)
+            yield from readings(content[key], f"{wrapper}.{key}" if wrapper else key, depth - 1)
 
 
-def _variants(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def variants(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The state as it is, then with each common prefix taken off, one after another."""
     yield state
     pending = [state]

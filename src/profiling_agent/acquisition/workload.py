@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from profiling_agent.records.workload import SplitInfo, SplitName, WorkloadRecor
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split; ``inputs`` are raw, ``labels`` int64 ``(samples,)`` or None.
+    """One split; ``inputs`` are raw; ``labels`` int64 ``(samples,)``, targets of the user's metric
+    ``(samples, ...)``, or None.
 
     >>> for raw, labels in workload.splits["search"].batches(32):
     ...     logits = compute_logits(workload.model, workload.tensors(raw))
@@ -72,12 +74,12 @@ class Workload:
 
 
 def compute_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of the model, usually ``(batch, classes)``.
+    """The model's output, usually logits ``(batch, classes)``.
 
     One input is passed by position, several by name. The output may be a tensor, a tuple or list
     that begins with one, or have ``logits`` as attribute or key; ``ModelError`` otherwise.
     """
-    output = model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)
+    output = _call(model, inputs)
     if isinstance(output, Mapping):
         logits = output.get("logits")
     elif isinstance(output, tuple | list) and not hasattr(output, "logits"):
@@ -90,3 +92,21 @@ def compute_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
             "a tensor (batch, classes), a tuple that begins with it, or something with .logits."
         )
     return logits
+
+
+def compute_output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The one tensor that a model for a metric of the user's own returns, (batch, ...).
+
+    Raises ``ModelError`` for several tensors: which of them the metric means nobody can tell.
+    """
+    output = _call(model, inputs)
+    if not isinstance(output, Tensor) and not hasattr(output, "logits"):
+        raise ModelError(
+            f"The model's forward returns {type(output).__name__!r}, and a metric of your own gets "
+            "one tensor (batch, ...); wrap the model in a factory that joins its outputs into one."
+        )
+    return compute_logits(model, inputs) if not isinstance(output, Tensor) else output
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    return model(next(iter(inputs.values()))) if len(inputs) == 1 else model(**inputs)

@@ -78,6 +78,8 @@ class Compressor:
 
     def select(self, plan: Plan) -> Kept:
         """The units each selected group keeps; groups that would stay whole are left out."""
+        if not plan.pruning:
+            return {}  # finding the groups takes a minute on a large model
         groups = {group.id: group for group in self.discovery.groups}
         kept: dict[str, np.ndarray] = {}
         for group_id, line in assign(plan, tuple(groups)).items():
@@ -118,7 +120,7 @@ class Compressor:
                 raise TrialError("The pruned model gives numbers that are not finite.")
 
     def _achieved(self, smaller: nn.Module, kept: Kept) -> Achieved:
-        widths = {group.id: group.width for group in self.discovery.groups}
+        widths = {group.id: group.width for group in self.discovery.groups} if kept else {}
         return Achieved(
             num_parameters=_count(smaller),
             original_parameters=_count(self.model),

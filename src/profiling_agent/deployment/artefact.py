@@ -249,6 +249,7 @@ def _write_manifest(
         "preprocessing": _dump(workload.preprocessing),
         "num_classes": workload.task.num_classes,
         "class_names": list(workload.task.class_names),
+        "answers": list(workload.task.answers),
         "dynamic_batch": lowered.fixed_batch is None,
         "batch_size": lowered.fixed_batch,
         "int8_layers": list(lowered.int8_layers),

@@ -1,8 +1,8 @@
-"""Accuracy, latency and memory of artefacts, by one protocol for before and after.
+"""Latency of artefacts, by one protocol for before and after.
 
-Latency: short alternating blocks (A B A B ...), each in its own process with the other processes
-stopped, the first calls of a block dropped. A comparison is the median of the ratios of
-neighbouring blocks, with a bootstrap interval over blocks.
+Short alternating blocks (A B A B ...), each in its own process with the other processes stopped,
+the first calls of a block dropped. A comparison is the median of the ratios of neighbouring blocks,
+with a bootstrap interval over blocks.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.predictor import Predictor
-from profiling_agent.evaluation.statistics import paired_drop, upper_bound
 from profiling_agent.machine.clock import now, ratio_interval, summarise
 from profiling_agent.records.common import Interval, Timing
-from profiling_agent.records.evaluation import Accuracy
-from profiling_agent.records.workload import SplitName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,33 +94,3 @@ def _named(name: str) -> Iterator[None]:
         yield
     except TrialError as error:
         raise TrialError(f"{name} failed while it was timed: {error}") from None
-
-
-def outcomes(logits: np.ndarray, num_classes: int) -> np.ndarray:
-    """Predicted classes (samples,); ``TrialError`` when the logits aren't (samples, classes)."""
-    if logits.ndim != 2 or logits.shape[1] != num_classes:
-        raise TrialError(f"The artefact returns shape {logits.shape}, not (n, {num_classes}).")
-    if not np.isfinite(logits).all():
-        raise TrialError("The artefact gives numbers that are not finite.")
-    return logits.argmax(axis=1)
-
-
-def score(
-    split: SplitName,
-    predicted: np.ndarray,
-    labels: np.ndarray,
-    original: np.ndarray | None,
-    *,
-    level: float = 0.95,
-) -> Accuracy:
-    """Accuracy of predictions, paired with the original's on the same samples when given."""
-    right = predicted == labels
-    paired = None if original is None else original == labels
-    return Accuracy(
-        split=split,
-        num_samples=len(labels),
-        value=100.0 * float(right.mean()),
-        drop=None if paired is None else paired_drop(paired, right),
-        upper_bound=None if paired is None else upper_bound(paired, right, level=level),
-        agreement=None if original is None else float((predicted == original).mean()),
-    )

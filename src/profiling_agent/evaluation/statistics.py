@@ -1,8 +1,10 @@
-"""What paired outcomes allow to be said about a difference of accuracies."""
+"""What paired outcomes allow to be said about a difference."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -10,50 +12,118 @@ import numpy as np
 from profiling_agent.records.common import Interval
 
 
-def paired_drop(
-    original_right: np.ndarray, artefact_right: np.ndarray, *, confidence: float = 0.95
-) -> Interval:
-    """Accuracy lost, in points, with its two-sided interval; positive is a loss.
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """What was lost, with its two-sided interval and the one-sided bound at ``level``.
 
-    Both arrays are boolean (samples,), for the same samples in the same order. The interval is
-    the adjusted Wald interval for paired proportions (Bonett and Price 2012), which holds its
-    level for few samples and for none that differ.
+    ``deviation`` is that of one sample's contribution, from which the intervals are made.
     """
-    center, spread = _adjusted(original_right, artefact_right)
+
+    interval: Interval
+    upper_bound: float
+    deviation: float
+    level: float
+
+    def samples_to_prove(self, budget: float) -> int | None:
+        """How many samples would bring the bound under ``budget`` if the rates stay as seen.
+
+        ``None`` when no number would: the estimate itself is not below the budget.
+        """
+        gap = budget - self.interval.estimate
+        if gap <= 0:
+            return None
+        return max(1, math.ceil((NormalDist().inv_cdf(self.level) * self.deviation / gap) ** 2))
+
+
+def paired_drop(
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    span: float,
+    level: float = 0.95,
+    confidence: float = 0.95,
+) -> Drop:
+    """Mean of ``before - after`` (samples,) of the same samples in the same order.
+
+    The interval is that of a mean with two samples added that differ by ``span`` in either
+    direction, ``span`` being how far scores can lie apart. For scores of 0 and 1 it is exactly the
+    adjusted Wald interval of Bonett and Price (2012) for paired proportions, which holds its level
+    for few samples and for none that differ. ``ValueError`` for arrays that don't pair.
+    """
+    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
+        raise ValueError(
+            f"Paired outcomes must have one shape and a sample, got {before.shape} "
+            f"and {after.shape}."
+        )
+    lost = before - after
+    count = len(lost) + 2
+    center = float(lost.sum()) / count
+    square = (float((lost**2).sum()) + 2 * span**2) / count
+    deviation = math.sqrt(max(0.0, square - center**2))
+    spread = deviation / math.sqrt(count)
+    estimate = round(float(lost.mean()), 10)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    estimate = 100.0 * (original_right.mean() - artefact_right.mean())
-    return Interval(
-        estimate=round(float(estimate), 10),
-        low=min(float(estimate), 100.0 * (center - z * spread)),
-        high=max(float(estimate), 100.0 * (center + z * spread)),
-        confidence=confidence,
-        num_samples=len(original_right),
+    return Drop(
+        interval=Interval(
+            estimate=estimate,
+            low=min(estimate, center - z * spread),
+            high=max(estimate, center + z * spread),
+            confidence=confidence,
+            num_samples=len(lost),
+        ),
+        upper_bound=center + NormalDist().inv_cdf(level) * spread,
+        deviation=deviation,
+        level=level,
     )
 
 
-def upper_bound(
-    original_right: np.ndarray, artefact_right: np.ndarray, *, level: float = 0.95
-) -> float:
-    """One-sided bound, in points, that the true drop stays under with probability ``level``."""
-    center, spread = _adjusted(original_right, artefact_right)
-    return 100.0 * (center + NormalDist().inv_cdf(level) * spread)
+def bootstrap_drop(
+    estimate: float,
+    statistic: Callable[[np.ndarray], float],
+    num_samples: int,
+    *,
+    num_resamples: int,
+    seed: int,
+    level: float = 0.95,
+    confidence: float = 0.95,
+) -> Drop:
+    """A statistic of the samples with its basic bootstrap interval (Davison and Hinkley 1997, 5.2).
 
-
-def samples_to_prove(
-    original_right: np.ndarray, artefact_right: np.ndarray, budget: float, *, level: float = 0.95
-) -> int | None:
-    """How many samples would bring the bound under ``budget`` points if the rates stay as seen.
-
-    ``None`` when no number would: the estimate itself is not below the budget.
+    ``statistic`` gets the rows (samples,) of a resample; equal rows and seed give equal results.
     """
-    lost, won = _discordant(original_right, artefact_right)
-    count = len(original_right)
-    rate_lost, rate_won = (lost + 1) / (count + 2), (won + 1) / (count + 2)
-    gap = budget / 100.0 - (lost - won) / count
-    if gap <= 0:
-        return None
-    variance = rate_lost + rate_won - (rate_lost - rate_won) ** 2
-    return math.ceil(NormalDist().inv_cdf(level) ** 2 * variance / gap**2)
+    rng = np.random.default_rng(seed)
+    values = np.array(
+        [statistic(rng.integers(0, num_samples, num_samples)) for _ in range(num_resamples)]
+    )
+    tail = (1 - confidence) / 2
+    low, high = 2 * estimate - np.quantile(values, [1 - tail, tail])
+    return Drop(
+        interval=Interval(
+            estimate=estimate,
+            low=min(estimate, float(low)),
+            high=max(estimate, float(high)),
+            confidence=confidence,
+            num_samples=num_samples,
+        ),
+        upper_bound=float(2 * estimate - np.quantile(values, 1 - level)),
+        deviation=float(values.std()) * math.sqrt(num_samples),
+        level=level,
+    )
+
+
+def mean_interval(scores: np.ndarray, *, confidence: float = 0.95) -> Interval:
+    """The mean of scores (samples,) with its normal interval."""
+    estimate = float(scores.mean())
+    spread = float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    return Interval(
+        estimate=estimate,
+        low=estimate - z * spread,
+        high=estimate + z * spread,
+        confidence=confidence,
+        num_samples=len(scores),
+    )
 
 
 def provable_drop(num_samples: int, *, discordance: float = 0.02, level: float = 0.95) -> float:
@@ -78,22 +148,3 @@ def accuracy_interval(right: np.ndarray, *, confidence: float = 0.95) -> Interva
         confidence=confidence,
         num_samples=count,
     )
-
-
-def _discordant(original_right: np.ndarray, artefact_right: np.ndarray) -> tuple[int, int]:
-    if original_right.shape != artefact_right.shape or len(original_right) == 0:
-        raise ValueError(
-            f"Paired outcomes must have one shape and a sample, got {original_right.shape} "
-            f"and {artefact_right.shape}."
-        )
-    lost = int(np.sum(original_right & ~artefact_right))
-    won = int(np.sum(~original_right & artefact_right))
-    return lost, won
-
-
-def _adjusted(original_right: np.ndarray, artefact_right: np.ndarray) -> tuple[float, float]:
-    lost, won = _discordant(original_right, artefact_right)
-    count = len(original_right) + 2
-    rate_lost, rate_won = (lost + 1) / count, (won + 1) / count
-    center = rate_lost - rate_won
-    return center, math.sqrt((rate_lost + rate_won - center**2) / count)

@@ -18,8 +18,8 @@ def check_budget(budget: Budget) -> None:
     """``BudgetError`` for a drop that makes no sense."""
     drop = budget.max_drop
     if drop < 0:
-        raise BudgetError(f"--max-drop is {drop!r}; give the points that may be lost, such as 0.5.")
-    if drop > MAX_DROP:
+        raise BudgetError(f"--max-drop is {drop!r}; give what may be lost, such as 0.5.")
+    if budget.unit == "points" and drop > MAX_DROP:
         raise BudgetError(
             f"--max-drop {drop:g} would allow a useless model; it is in points of accuracy (0.5 "
             "is half a percent of the samples)."

@@ -176,7 +176,7 @@ def _accept(
     evidence = evidence_of(final, budget)
     assert final.drop is not None
     reason = (
-        f"{final.trial.trial_id} {_loss_words(final.drop)} on "
+        f"{final.trial.trial_id} {_loss_words(final.drop, budget)} on "
         f"{final.drop.num_samples:,} test samples (budget {budget.max_drop:g})"
         f"{_gain_words(final, control, budget)}."
     )
@@ -190,10 +190,17 @@ def _accept(
     return _verdict("ACCEPT", evidence, reason, step, final, control, baseline, num_tested)
 
 
-def _loss_words(drop: Interval) -> str:
+def _loss_words(drop: Interval, budget: Budget) -> str:
     if drop.estimate > 0:
-        return f"loses {drop.estimate:.2f} points"
-    return "loses nothing" + (f" (gains {-drop.estimate:.2f} points)" if drop.estimate < 0 else "")
+        return f"loses {_amount(drop.estimate, budget)}"
+    gain = f" (gains {_amount(-drop.estimate, budget)})" if drop.estimate < 0 else ""
+    return f"loses nothing{gain}"
+
+
+def _amount(value: float, budget: Budget) -> str:
+    if budget.unit == "points":
+        return f"{value:.2f} points"
+    return f"{value:.3g} {budget.unit}".rstrip()
 
 
 def _gain_words(final: Final, control: Final | None, budget: Budget) -> str:
@@ -233,8 +240,8 @@ def _closest(tested: Sequence[Final], trials: Sequence[Trial], budget: Budget) -
     for final in tested:
         if final.drop is not None and final.drop.estimate > budget.max_drop:
             return (
-                f" ({final.trial.trial_id} was faster but lost {final.drop.estimate:.2f} points "
-                "on the test split)"
+                f" ({final.trial.trial_id} was faster but lost "
+                f"{_amount(final.drop.estimate, budget)} on the test split)"
             )
         if final.over_control is not None:
             low, high = final.over_control.low, final.over_control.high
@@ -256,8 +263,9 @@ def _infeasible(
         reason = "No trial was made: the time budget is too short, or no runtime can be used."
     else:
         reason = (
-            f"No artefact is better than the original within a drop of {budget.max_drop:g} points "
-            f"({len(trials)} tried, {failed} failed). The original stays."
+            "No artefact is better than the original within a drop of "
+            f"{_amount(budget.max_drop, budget)} ({len(trials)} tried, {failed} failed). "
+            "The original stays."
         )
     return Verdict(
         kind="INFEASIBLE",

@@ -127,7 +127,7 @@ def _propose_for(
 ) -> Proposal | None:
     low, high = allowance_bracket(profile, history, budget, pair)
     shrink = _shrink(profile, history, budget, pair, high)
-    allowance = _next_allowance(low, high, budget, shrink)
+    allowance = _next_allowance(low, high, _points(budget, history), shrink)
     for _ in range(MAX_STEPS):
         if allowance is None:
             return None
@@ -177,10 +177,21 @@ def _shrink(
     return 1 / 8
 
 
+def _points(budget: Budget, history: Sequence[Trial]) -> float:
+    """The budget in points; of a metric in another unit, in percent of what a control reaches."""
+    if budget.unit == "points":
+        return budget.max_drop
+    for trial in controls(history).values():
+        accuracy = trial.evaluation.on("search") if trial.evaluation else None
+        if accuracy is not None and accuracy.value != 0.0:
+            return 100.0 * budget.max_drop / abs(accuracy.value)
+    return 1.0
+
+
 def _next_allowance(
-    low: float | None, high: float | None, budget: Budget, shrink: float
+    low: float | None, high: float | None, points: float, shrink: float
 ) -> float | None:
-    first = max(budget.max_drop, 0.05) * KL_PER_POINT
+    first = max(points, 0.05) * KL_PER_POINT
     if high is None:
         return max(first, 2.0 * low) if low is not None else first
     if low is None or low == 0.0:

@@ -11,6 +11,7 @@ from torch import nn
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.errors import ModelError
 from profiling_agent.machine.clock import now
+from profiling_agent.machine.torch_state import threads
 from profiling_agent.profiling.dynamic import DynamicCosts, measure_modules
 from profiling_agent.profiling.memory import PeakMemory, measure_peaks
 from profiling_agent.profiling.static import ModuleCount, StaticCosts, count
@@ -33,7 +34,7 @@ def profile_costs(
     model, device = workload.model, torch.device(deployment.device)
     _check_device(model, device)
     inputs = {name: t.to(device) for name, t in workload.example(deployment.batch_size).items()}
-    with _as_served(model):
+    with _as_served(model), threads(deployment.threads):  # kernels, and so memory, depend on them
         static = count(model, inputs)
         peaks = measure_peaks(model, inputs)
         dynamic = measure_modules(

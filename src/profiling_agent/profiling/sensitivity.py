@@ -28,26 +28,47 @@ BATCH = 32
 
 
 class Divergence:
-    """Compares the model as it is now with how it was at the start, on fixed inputs."""
+    """Compares the model as it is now with how it was at the start, on fixed inputs.
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    For logits of classes by the Kullback-Leibler divergence; for other outputs by half the squared
+    difference over the variance of the original's, which is that divergence between two normal
+    distributions that spread as the outputs do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        num_classes: int | None,
+    ) -> None:
         self._model, self._batches = model, batches
-        self._original = [F.log_softmax(logits, -1) for logits in self._logits()]
-        self.num_images = sum(len(logits) for logits in self._original)
+        self._has_classes = num_classes is not None
+        self._original = list(self._outputs())
+        self.num_images = sum(len(output) for output in self._original)
+        together = torch.cat(self._original)
+        self._variance = float((together - together.mean(dim=0)).square().mean())
 
-    def _logits(self) -> Iterator[Tensor]:
+    def _outputs(self) -> Iterator[Tensor]:
+        """Log-probabilities (samples, classes), or outputs (samples, values), as doubles."""
         with torch.inference_mode():
             for batch in self._batches:
-                yield compute_logits(self._model, batch).double().flatten(0, -2)
+                if self._has_classes:
+                    logits = compute_logits(self._model, batch).double().flatten(0, -2)
+                    yield F.log_softmax(logits, -1)
+                else:
+                    yield compute_logits(self._model, batch).double().flatten(1)
 
     def measure(self) -> tuple[float, float, float]:
         """Mean divergence (nats), its standard error, and the share of changed top classes."""
         parts: list[Tensor] = []
         changed = 0
-        for before, logits in zip(self._original, self._logits(), strict=True):
-            after = F.log_softmax(logits, -1)
-            parts.append((before.exp() * (before - after)).sum(-1))
-            changed += int((before.argmax(-1) != after.argmax(-1)).sum())
+        for before, after in zip(self._original, self._outputs(), strict=True):
+            if self._has_classes:
+                parts.append((before.exp() * (before - after)).sum(-1))
+                changed += int((before.argmax(-1) != after.argmax(-1)).sum())
+            else:
+                square = (before - after).square().mean(-1)
+                parts.append(square / (2 * max(self._variance, 1e-30)))
         each = torch.cat(parts)
         error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
         return float(each.mean()), error, changed / len(each)

@@ -96,7 +96,9 @@ def _sensitivities(
     num_evaluations = sum(len(levels(cost)) for cost in costs) + len(linears)
     left = max(1.0, deadline - now())
     images = affordable_images(compressor, num_evaluations, left)
-    divergence = Divergence(model, calibration_inputs(compressor, images))
+    divergence = Divergence(
+        model, calibration_inputs(compressor, images), compressor.workload.record.task.num_classes
+    )
     layers: list[LayerQuantization] = []
     example = compressor.workload.example(deployment.batch_size)
     for name in linears:

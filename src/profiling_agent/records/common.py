@@ -67,6 +67,7 @@ class Budget(Record):
     """What may be lost, what is wanted, what may be spent."""
 
     max_drop: float = Field(description="in the unit of the metric; points for accuracy")
+    unit: str = Field(default="points", description="of max_drop; empty for a metric without one")
     objective: Objective = "latency"
     time_s: float = Field(default=900.0, gt=0)
     max_trials: int = Field(default=12, ge=0, le=10_000)

@@ -20,6 +20,25 @@ class InputSpec(Record):
     found_by: str = Field(default="data", description="data, configuration or probing")
 
 
+ImageMode = Literal["RGB", "BGR", "L"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+
+class ImageTransform(Record):
+    """From an image file to the raw array of one sample: decode, resize, crop, all by Pillow.
+
+    ``resize`` is the length of the shorter side, or (height, width); ``crop`` the (height, width)
+    cut from the middle, with zeros beyond the border. The result is bytes, (height, width) for the
+    mode L and (height, width, 3) for RGB and BGR (RGB with its channels reversed).
+    """
+
+    mode: ImageMode = "RGB"
+    resize: int | tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    interpolation: Interpolation = "bilinear"
+    source: str = Field(default="none stated", description="where these values come from")
+
+
 class Preprocessing(Record):
     """From raw arrays to the model's input: ``(x * scale - mean) / std``, then layout.
 
@@ -32,15 +51,39 @@ class Preprocessing(Record):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     source: str = Field(default="none stated", description="where these values come from")
+    image: ImageTransform | None = Field(
+        default=None, description="how files became raw arrays; None when the data were arrays"
+    )
+
+
+class Overrides(Record):
+    """Preprocessing the user asked for in place of what the model and the data state."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    mode: ImageMode | None = None
+    resize: int | tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    interpolation: Interpolation | None = None
 
 
 class WorkloadSource(Record):
-    """How a fresh process finds the model and data again; ``model`` None for a live object."""
+    """What the user named, so that a fresh process finds it again; None for a live object."""
 
     model: str | None
-    weights: str | None = None
+    weights: str | None = Field(default=None, description="a file, or 'random'")
     data: str | None = None
     test_data: str | None = None
+    classes: str | None = Field(default=None, description="a file, one class a line")
+    answers: Literal["all", "present"] = Field(
+        default="all", description="whether a prediction may be any class or one of those present"
+    )
+    metric: str = Field(default="accuracy", description="accuracy, agreement or a file's function")
+    higher_is_better: bool = True
+    overrides: Overrides = Overrides()
+    max_length: int | None = Field(default=None, description="tokens of a text at most")
+    trust_remote_code: bool = False
 
 
 class SplitInfo(Record):
@@ -52,14 +95,29 @@ class SplitInfo(Record):
     sha256: str
 
 
-class Task(Record):
-    """What is asked of the model; ``unit`` is that of ``max_drop``."""
+class Reading(Record):
+    """How fast samples were read and decoded, and how many could not be."""
 
-    metric: Literal["accuracy"] = "accuracy"
+    samples_per_s: float
+    num_workers: int
+    num_unreadable: int = 0
+
+
+class Task(Record):
+    """What is asked of the model; ``unit`` is that of ``max_drop``.
+
+    ``accuracy`` and ``agreement`` (with the original's own answers) are in percent and their drop
+    in points; any other metric is a function of the user's, in its own unit. ``num_classes`` is
+    None for outputs that are not logits of classes. ``answers`` are the classes a prediction may
+    be; empty means all.
+    """
+
+    metric: str = "accuracy"
     unit: str = "points"
     higher_is_better: bool = True
-    num_classes: int
+    num_classes: int | None
     class_names: tuple[str, ...] = ()
+    answers: tuple[int, ...] = ()
 
 
 class WorkloadRecord(Record):
@@ -75,7 +133,13 @@ class WorkloadRecord(Record):
     preprocessing: Preprocessing
     task: Task
     splits: tuple[SplitInfo, ...]
+    reading: Reading | None = None
     notes: tuple[str, ...] = ()
+
+    def same_as(self, other: WorkloadRecord | None) -> bool:
+        """Whether two acquisitions gave the same, however long they took."""
+        drop = {"reading": None}
+        return other is not None and self.model_copy(update=drop) == other.model_copy(update=drop)
 
     def split(self, name: SplitName) -> SplitInfo:
         return next(split for split in self.splits if split.name == name)

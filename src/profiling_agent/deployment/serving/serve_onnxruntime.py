@@ -57,7 +57,7 @@ class Model:
 
     def predict(self, inputs):
         """Labels of raw inputs: class names when the manifest has them, else class indices."""
-        return name_classes(self.logits(inputs), self.manifest["class_names"])
+        return name_classes(self.logits(inputs), self.manifest)
 
 
 # --- the same in every runtime's serve.py ---------------------------------------------------------
@@ -125,9 +125,14 @@ def in_blocks(run, prepared, size, join):
     return np.concatenate(results)
 
 
-def name_classes(logits, names):
-    """The class of the largest logit of each row."""
-    return [names[index] if names else int(index) for index in logits.argmax(axis=1)]
+def name_classes(logits, manifest):
+    """The class of the largest logit of each row; outputs that aren't classes as they are."""
+    if manifest["num_classes"] is None:
+        return list(logits)
+    answers = manifest["answers"] or range(manifest["num_classes"])
+    best = logits[:, list(answers)].argmax(axis=1)
+    names = manifest["class_names"]
+    return [names[answers[index]] if names else int(answers[index]) for index in best]
 
 
 _default = []

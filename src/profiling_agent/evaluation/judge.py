@@ -1,0 +1,298 @@
+"""What outputs are worth: the metric on one split, paired with the original's on the same samples.
+
+Three kinds. ``accuracy`` and ``agreement`` (with the original's own answers, where there are no
+labels) are right or wrong sample by sample, in percent. A function of the user's gives a score for
+each sample, or one number for all of them, which is bootstrapped over the samples. Drops are
+positive when something is lost, whichever direction is better, in the metric's own unit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from profiling_agent.acquisition.factories import import_object, split_reference
+from profiling_agent.acquisition.request import BUILT_IN_METRICS
+from profiling_agent.errors import BudgetError, DataError, TrialError
+from profiling_agent.evaluation.statistics import (
+    Drop,
+    accuracy_interval,
+    bootstrap_drop,
+    mean_interval,
+    paired_drop,
+)
+from profiling_agent.records.common import Interval
+from profiling_agent.records.evaluation import Accuracy
+from profiling_agent.records.workload import SplitName, Task
+
+NUM_SHUFFLES = 20
+NUM_RESAMPLES = 400
+SEED = 0
+
+
+class Judge(ABC):
+    """Knows the task; ``answers`` of an artefact go in, records come out.
+
+    >>> judge = find_judge(workload.record.task, load_metric("accuracy"))
+    >>> answers = judge.answers(logits)
+    >>> judge.score("search", answers, labels, original).value
+    91.3
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def answers(self, outputs: np.ndarray) -> np.ndarray:
+        """What is kept of the outputs (samples, ...): predicted classes (samples,), or all of them.
+
+        ``TrialError`` when they have not the task's shape or are not finite.
+        """
+        if not np.isfinite(outputs).all():
+            raise TrialError("The artefact gives numbers that are not finite.")
+        if self.task.num_classes is None or self._keeps_outputs:
+            return outputs
+        return classes(outputs, self.task)
+
+    def score(
+        self,
+        split: SplitName,
+        ours: np.ndarray,
+        labels: np.ndarray | None,
+        original: np.ndarray | None,
+        *,
+        level: float = 0.95,
+    ) -> Accuracy:
+        """The metric of answers, and what was lost against the original's when that is given."""
+        drop = None if original is None else self.drop(ours, labels, original, level=level)
+        return Accuracy(
+            split=split,
+            num_samples=len(ours),
+            value=self.value(ours, labels, ours if original is None else original),
+            drop=drop.interval if drop else None,
+            upper_bound=drop.upper_bound if drop else None,
+            agreement=self._agreement(ours, original),
+        )
+
+    @abstractmethod
+    def value(self, ours: np.ndarray, labels: np.ndarray | None, original: np.ndarray) -> float:
+        """The metric, in its unit."""
+
+    @abstractmethod
+    def drop(
+        self,
+        ours: np.ndarray,
+        labels: np.ndarray | None,
+        original: np.ndarray,
+        *,
+        level: float = 0.95,
+        confidence: float = 0.95,
+    ) -> Drop:
+        """What was lost on the same samples, with its interval and its one-sided bound."""
+
+    @abstractmethod
+    def refuse_broken(self, original: np.ndarray, labels: np.ndarray | None) -> None:
+        """``DataError`` when the untouched model is no better than chance on these samples."""
+
+    @abstractmethod
+    def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
+        """The metric of one artefact by itself, with its interval."""
+
+    _keeps_outputs = False
+
+    def _agreement(self, ours: np.ndarray, original: np.ndarray | None) -> float | None:
+        if original is None or ours.ndim != 1:
+            return None
+        return float((ours == original).mean())
+
+
+class RightOrWrong(Judge):
+    """Accuracy against labels, or agreement with the original's answers."""
+
+    def value(self, ours: np.ndarray, labels: np.ndarray | None, original: np.ndarray) -> float:
+        return 100.0 * float((ours == self._truth(labels, original)).mean())
+
+    def drop(
+        self,
+        ours: np.ndarray,
+        labels: np.ndarray | None,
+        original: np.ndarray,
+        *,
+        level: float = 0.95,
+        confidence: float = 0.95,
+    ) -> Drop:
+        truth = self._truth(labels, original)
+        before = 100.0 * (original == truth)
+        return paired_drop(
+            before, 100.0 * (ours == truth), span=100.0, level=level, confidence=confidence
+        )
+
+    def refuse_broken(self, original: np.ndarray, labels: np.ndarray | None) -> None:
+        if self.task.metric == "agreement":
+            return
+        assert labels is not None
+        right = accuracy_interval(original == labels, confidence=0.99)
+        chance = 100.0 * np.bincount(labels).max() / len(labels)
+        if right.low <= chance:
+            shown = ", ".join(
+                f"{int(p)} for {int(y)}" for p, y in zip(original[:8], labels[:8], strict=True)
+            )
+            raise DataError(
+                f"The untouched model is right on {right.estimate:.1f} % of {len(labels):,} "
+                f"samples, no better than always answering the commonest class ({chance:.1f} %). "
+                "Check the weights, the preprocessing and the labels' numbering "
+                f"(first answers: {shown}), with 'profiling-agent check'."
+            )
+
+    def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
+        return accuracy_interval(ours == self._truth(labels, ours))
+
+    def _truth(self, labels: np.ndarray | None, original: np.ndarray) -> np.ndarray:
+        if self.task.metric == "agreement":
+            return original
+        assert labels is not None
+        return labels
+
+
+class Custom(Judge):
+    """A function ``(outputs, targets)`` of the user's: a score for each sample, or one for all.
+
+    ``outputs`` are float32 (samples, ...), ``targets`` (samples, ...) as the data have them, or
+    None.
+    """
+
+    _keeps_outputs = True
+
+    def __init__(self, task: Task, function: Callable[..., Any]) -> None:
+        super().__init__(task)
+        self._function = function
+        self._sign = 1.0 if task.higher_is_better else -1.0
+
+    def value(self, ours: np.ndarray, labels: np.ndarray | None, original: np.ndarray) -> float:
+        return float(np.mean(self._scores(ours, labels)))
+
+    def drop(
+        self,
+        ours: np.ndarray,
+        labels: np.ndarray | None,
+        original: np.ndarray,
+        *,
+        level: float = 0.95,
+        confidence: float = 0.95,
+    ) -> Drop:
+        before = self._sign * self._scores(original, labels)
+        after = self._sign * self._scores(ours, labels)
+        if before.ndim == 1 and after.ndim == 1:
+            span = float(max(before.max(), after.max()) - min(before.min(), after.min()))
+            return paired_drop(before, after, span=span, level=level, confidence=confidence)
+        if before.ndim or after.ndim:
+            raise BudgetError(
+                f"The metric {self.task.metric!r} gave a score for each sample once and one for "
+                "all another time; return either, always."
+            )
+
+        def lost(rows: np.ndarray) -> float:
+            targets = None if labels is None else labels[rows]
+            first, second = (self._scores(each[rows], targets) for each in (original, ours))
+            return self._sign * float(first - second)
+
+        return bootstrap_drop(
+            float(before - after),
+            lost,
+            len(ours),
+            num_resamples=NUM_RESAMPLES,
+            seed=SEED,
+            level=level,
+            confidence=confidence,
+        )
+
+    def refuse_broken(self, original: np.ndarray, labels: np.ndarray | None) -> None:
+        if labels is None:
+            return
+        rng = np.random.default_rng(SEED)
+        mine = self._sign * float(np.mean(self._scores(original, labels)))
+        orders = (rng.permutation(len(labels)) for _ in range(NUM_SHUFFLES))
+        shuffled = [
+            self._sign * float(np.mean(self._scores(original, labels[order]))) for order in orders
+        ]
+        if mine <= max(shuffled):
+            raise DataError(
+                f"The untouched model's {self.task.metric!r} is {self._sign * mine:.4g} on "
+                f"{len(labels):,} samples, and as good with the targets shuffled. Check the "
+                "weights, the preprocessing, the order of the targets, and --higher-is-better or "
+                "--lower-is-better."
+            )
+
+    def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
+        scores = self._scores(ours, labels)
+        if scores.ndim == 1:
+            return mean_interval(scores)
+        drop = bootstrap_drop(
+            float(scores),
+            lambda rows: float(self._scores(ours[rows], None if labels is None else labels[rows])),
+            len(ours),
+            num_resamples=NUM_RESAMPLES,
+            seed=SEED,
+        )
+        return drop.interval
+
+    def _scores(self, outputs: np.ndarray, targets: np.ndarray | None) -> np.ndarray:
+        """Float64 (samples,) or (); ``BudgetError`` for anything else."""
+        try:
+            scores = np.asarray(self._function(outputs, targets), dtype=np.float64)
+        except Exception as error:  # the user's code may raise anything
+            raise BudgetError(
+                f"The metric {self.task.metric!r} raised {type(error).__name__}: {error} (outputs "
+                f"{outputs.shape}, targets {None if targets is None else targets.shape})."
+            ) from error
+        if scores.shape not in ((), (len(outputs),)):
+            raise BudgetError(
+                f"The metric {self.task.metric!r} returned the shape {scores.shape} for "
+                f"{len(outputs)} samples; return one score for each, or one number."
+            )
+        if not np.isfinite(scores).all():
+            raise BudgetError(
+                f"The metric {self.task.metric!r} returned values that are not finite."
+            )
+        return scores
+
+
+def classes(outputs: np.ndarray, task: Task) -> np.ndarray:
+    """Predicted classes (samples,) among the task's answers; ``TrialError`` for a wrong shape."""
+    if outputs.ndim != 2 or outputs.shape[1] != task.num_classes:
+        raise TrialError(
+            f"The artefact returns shape {outputs.shape}, not (n, {task.num_classes})."
+        )
+    if not task.answers:
+        return outputs.argmax(axis=1)
+    answers = np.asarray(task.answers)
+    return answers[outputs[:, answers].argmax(axis=1)]
+
+
+def load_metric(metric: str | Callable[..., Any]) -> Callable[..., Any] | None:
+    """The user's function behind ``path/file.py:function``; None for a metric that is built in.
+
+    ``BudgetError`` when there is none, before any time is spent.
+    """
+    if not isinstance(metric, str):
+        function: Any = metric
+    elif metric in BUILT_IN_METRICS:
+        return None
+    else:
+        place = split_reference(metric)
+        if place is None:
+            raise BudgetError(
+                f"There is no metric {metric!r}; pass accuracy, agreement, or a function of your "
+                "own as 'path/file.py:function'."
+            )
+        function = import_object(*place, BudgetError)
+    if not callable(function):
+        raise BudgetError(f"The metric {metric!r} is no function of (outputs, targets).")
+    return function
+
+
+def find_judge(task: Task, function: Callable[..., Any] | None) -> Judge:
+    """The judge of a task; ``function`` is what ``load_metric`` gave."""
+    return RightOrWrong(task) if function is None else Custom(task, function)

@@ -1,0 +1,249 @@
+"""Anyone's model and data through acquisition; tasks other than classes through the whole loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_files import photo, write_images
+from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.request import Request
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.api import load, optimize
+from profiling_agent.errors import BudgetError, DataError, ModelError
+from profiling_agent.records.workload import Overrides
+
+SIDE = 20
+
+
+class Net(nn.Module):
+    """Any image of three channels to three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x)).mean((2, 3)))
+
+
+def get(folder: Path, **named: Any) -> Workload:
+    own = {key: named.pop(key) for key in ("max_unreadable",) if key in named}
+    return acquire(Request(model=named.pop("model", Net()), **named), folder=folder, **own)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 30 photos of one size in three classes."""
+    names = [f"{name}/{number:02d}.png" for name in ("ape", "bee", "cat") for number in range(10)]
+    write_images(tmp_path / "photos", names, SIDE)
+    return tmp_path / "photos"
+
+
+class TestImages:
+    def test_a_folder_goes_to_bytes_with_the_class_of_its_folder(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        workload = get(tmp_path / "splits", data=photos)
+        record = workload.record
+        assert sum(split.num_samples for split in record.splits) == 30
+        assert record.task.class_names == ("ape", "bee", "cat")
+        image = record.preprocessing.image
+        assert image is not None and image.source == "as they are" and image.resize is None
+        assert workload.splits["test"].inputs["x"].dtype == np.uint8
+        assert record.reading is not None and record.reading.samples_per_s > 0
+        for split in workload.splits.values():
+            assert split.labels is not None
+            for pixels, label in zip(split.inputs["x"], split.labels, strict=True):
+                known = [np.asarray(photo(SIDE, SIDE, 10 * int(label) + i)) for i in range(10)]
+                assert any(np.array_equal(pixels, each) for each in known)
+
+    def test_sizes_that_differ_are_brought_to_the_model_s(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        photo(12, 31).save(photos / "ape" / "00.png")
+        record = get(tmp_path / "splits", data=photos).record
+        image = record.preprocessing.image
+        assert image is not None and image.crop == record.inputs[0].shape[1:]
+        assert any("found by probing" in note for note in record.notes)
+
+    def test_the_user_s_wish_goes_before_what_is_found(self, photos: Path, tmp_path: Path) -> None:
+        wish = Overrides(resize=16, crop=(10, 12), mean=(0.5,), std=(0.25,), mode="BGR")
+        workload = get(tmp_path / "splits", data=photos, overrides=wish)
+        made = workload.record.preprocessing
+        assert workload.record.inputs[0].shape == (3, 10, 12)
+        assert made.image is not None and (made.mean, made.std) == ((0.5,), (0.25,))
+        assert "user" in made.source and "user" in made.image.source
+
+    def test_arrays_of_another_size_are_resized_too(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)
+        wish = Overrides(resize=(14, 14))
+        workload = get(tmp_path / "a", data=(x, np.arange(40) % 3), overrides=wish)
+        assert workload.record.inputs[0].shape == (3, 14, 14)
+
+    def test_a_few_damaged_files_are_left_out_and_many_are_refused(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        (photos / "bee" / "03.png").write_bytes(b"no image")
+        with pytest.raises(DataError, match=r"1 of \d+ \w+ samples can't be read .*03\.png"):
+            get(tmp_path / "strict", data=photos)
+        workload = get(tmp_path / "lenient", data=photos, max_unreadable=0.5)
+        assert sum(split.num_samples for split in workload.record.splits) == 29
+        assert workload.record.reading is not None
+        assert workload.record.reading.num_unreadable == 1
+        assert any("03.png" in note for note in workload.record.notes)
+
+    def test_answers_can_be_those_present(self, photos: Path, tmp_path: Path) -> None:
+        lines = tmp_path / "classes.txt"
+        lines.write_text("cat\ndog\nbee\nape\n")
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 4))
+        named = {"model": model, "data": photos, "classes": str(lines)}
+        task = get(tmp_path / "splits", answers="present", **named).record.task
+        assert task.answers == (0, 2, 3)
+        with pytest.raises(DataError, match="--answers"):
+            get(tmp_path / "other", answers="present", metric="agreement", **named)
+
+
+class TestOtherMetrics:
+    def test_agreement_needs_no_labels(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32)
+        with pytest.raises(DataError, match="--metric agreement"):
+            get(tmp_path / "a", data=[(each,) for each in x])
+        record = get(tmp_path / "b", data=[(each,) for each in x], metric="agreement").record
+        assert {split.name for split in record.splits} == {"calibration", "search", "test"}
+        assert not any(split.labelled for split in record.splits)
+        assert (record.task.metric, record.task.num_classes) == ("agreement", 3)
+
+    def test_targets_of_any_shape_reach_a_metric_of_one_s_own(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32)
+        boxes = np.random.default_rng(1).uniform(size=(60, 4)).astype(np.float32)
+        data = [(image, box) for image, box in zip(x, boxes, strict=True)]
+        workload = get(tmp_path / "a", data=data, metric=lambda o, t: np.zeros(len(o)))
+        labels = workload.splits["test"].labels
+        assert labels is not None and labels.shape[1:] == (4,) and labels.dtype == np.float32
+        assert workload.record.task.num_classes is None
+        ragged = [(image, box[: 1 + i % 2]) for i, (image, box) in enumerate(data)]
+        with pytest.raises(DataError, match="pad them to one"):
+            get(tmp_path / "b", data=ragged, metric=lambda o, t: np.zeros(len(o)))
+
+    def test_several_outputs_are_refused_in_one_sentence(self, tmp_path: Path) -> None:
+        class Pair(Net):
+            def forward(self, x: Tensor) -> Any:
+                return super().forward(x), x.mean()
+
+        x = np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32)
+        data = [(each, 0.0) for each in x]
+        with pytest.raises(ModelError, match="joins its outputs into one"):
+            get(tmp_path / "a", model=Pair(), data=data, metric=lambda o, t: 0.0)
+
+    def test_an_unknown_metric_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(BudgetError, match="no metric 'map'"):
+            get(tmp_path / "a", data=tmp_path, metric="map")
+
+    def test_numbers_from_one_are_told(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32)
+        with pytest.raises(DataError, match="numbered from 1"):
+            get(tmp_path / "a", data=(x, 1 + np.arange(60) % 3))
+
+
+# ---- the whole loop ---------------------------------------------------------------------------
+
+
+class Detector(nn.Module):
+    """Grey images with one bright box to its corners (batch, 4), as shares of the side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 24, 5, 2, 2), nn.Conv2d(24, 48, 3, 2, 1)
+        self.fc1, self.fc2 = nn.Linear(48 * 36, 512), nn.Linear(512, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.fc2(F.relu(self.fc1(x.flatten(1)))).sigmoid()
+
+
+def boxes(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (num, 1, 24, 24) float32 and corners (num, 4)."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(0, 12, (num, 2))
+    ends = start + rng.integers(5, 12, (num, 2))
+    images = 0.1 * rng.standard_normal((num, 1, 24, 24))
+    for image, (top, left), (bottom, right) in zip(images, start, ends, strict=True):
+        image[0, top:bottom, left:right] += 1.0
+    return images.astype(np.float32), (np.hstack([start, ends]) / 24).astype(np.float32)
+
+
+def overlap(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Intersection over union of each box, (samples,)."""
+    low = np.maximum(outputs[:, :2], targets[:, :2])
+    high = np.minimum(outputs[:, 2:], targets[:, 2:])
+    both = np.clip(high - low, 0, None).prod(1)
+    areas = [np.clip(each[:, 2:] - each[:, :2], 0, None).prod(1) for each in (outputs, targets)]
+    return both / np.maximum(areas[0] + areas[1] - both, 1e-9)
+
+
+def share_found(outputs: np.ndarray, targets: np.ndarray) -> float:
+    return float((overlap(outputs, targets) > 0.7).mean())
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    torch.manual_seed(0)
+    net = Detector()
+    x, y = (torch.from_numpy(each) for each in boxes(6000, 1))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for step in range(400):
+        rows = torch.randint(len(x), (128,), generator=torch.Generator().manual_seed(step))
+        loss = F.l1_loss(net(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("metric", [overlap, share_found])
+def test_a_detector_is_optimized_by_a_metric_of_one_s_own(
+    detector: Detector, metric: Any, tmp_path: Path
+) -> None:
+    x, y = boxes(3000, 2)
+    result = optimize(
+        detector,
+        list(zip(x, y, strict=True)),
+        max_drop=0.02,
+        metric=metric,
+        out=tmp_path / "run",
+        time_budget=90.0,
+        max_trials=3,
+        show_progress=False,
+    )
+    assert result.verdict is not None and result.verdict.trial_id is not None
+    assert result.verdict.drop is not None and result.verdict.drop.estimate <= 0.02
+    final = next(e for e in result.final if e.artefact == result.verdict.trial_id)
+    accuracy = final.on("test")
+    assert accuracy is not None and 0.5 < accuracy.value < 1.0
+    served = load(tmp_path / "run" / "artefact", result.settings.deployment.threads)
+    inputs = np.load(tmp_path / "run" / "data" / "test" / "x.npy")
+    targets = np.load(tmp_path / "run" / "data" / "test" / "labels.npy")
+    outputs = np.concatenate([served.logits(each[None]) for each in inputs])
+    assert float(np.mean(metric(outputs, targets))) == accuracy.value
+    assert np.array_equal(served.predict(inputs[:1])[0], outputs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_original_no_better_than_shuffled_targets_is_refused(
+    detector: Detector, tmp_path: Path
+) -> None:
+    x, y = boxes(800, 2)
+    data = list(zip(x, y[::-1], strict=True))
+    with pytest.raises(DataError, match="shuffled"):
+        optimize(detector, data, 0.02, metric=overlap, out=tmp_path / "r", show_progress=False)
