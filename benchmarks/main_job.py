@@ -17,56 +17,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-WORKLOADS: dict[str, tuple[list[str], float, float]] = {
-    # arguments, points of accuracy that may be lost, minutes
-    "demo-vit": (["demo:vit"], 0.5, 3.5),
-    "demo-resnet": (["demo:resnet"], 0.5, 4),
-    "resnet56-cifar10": (
-        [f"{HERE}/workloads.py:resnet56", "--data", f"{HERE}/workloads.py:cifar10"],
-        0.5,
-        8,
+VIT_TINY = "vit_tiny_imagenet/vit_tiny_patch16_224.safetensors"
+PHOTOS = ["--data", "{assets}/imagenet_val_650", "--classes", "{assets}/imagenet_classes.txt"]
+IMAGENET = ["imagenet_val_650", "imagenet_classes.txt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One command: its arguments, what may be lost, minutes, and what it stands on.
+
+    ``made_by`` is a script that makes the model's folder, ``{made}`` in the arguments.
+    """
+
+    arguments: list[str]
+    max_drop: float
+    minutes: float
+    needs: list[str] = field(default_factory=list)
+    made_by: str | None = None
+
+
+WORKLOADS = {
+    "demo-vit": Job(arguments=["demo:vit"], max_drop=0.5, minutes=3.5),
+    "demo-resnet": Job(arguments=["demo:resnet"], max_drop=0.5, minutes=4),
+    "resnet56-cifar10": Job(
+        arguments=[f"{HERE}/workloads.py:resnet56", "--data", f"{HERE}/workloads.py:cifar10"],
+        max_drop=0.5,
+        minutes=8,
+        needs=["cifar10_exact_subset.npz", "cifar10_resnets/resnet56-4bfd9763.th"],
     ),
-    "vit-tiny-imagenet": (
-        [f"{HERE}/workloads.py:vit_tiny", "--data", f"{HERE}/workloads.py:imagenet"],
-        1.0,
-        10,
+    "vit-tiny-imagenet": Job(
+        arguments=[f"{HERE}/workloads.py:vit_tiny", "--data", f"{HERE}/workloads.py:imagenet"],
+        max_drop=1.0,
+        minutes=10,
+        needs=["imagenet_sample_200", VIT_TINY, *IMAGENET],
     ),
-}
-ASSETS = {
-    "resnet56-cifar10": ["cifar10_exact_subset.npz", "cifar10_resnets/resnet56-4bfd9763.th"],
-    "vit-tiny-imagenet": [
-        "imagenet_val_650",
-        "imagenet_sample_200",
-        "vit_tiny_imagenet/vit_tiny_patch16_224.safetensors",
-    ],
-}
-SERVED = """
-import sys
-sys.modules["profiling_agent"] = None
-import numpy as np
-run, batch_size = sys.argv[1], int(sys.argv[2])
-sys.path.insert(0, run + "/artefact")
-import serve
-from pathlib import Path
-name = next(p for p in Path(run, "data", "test").glob("*.npy") if p.stem != "labels")
-images, labels = np.load(name, mmap_mode="r"), np.load(run + "/data/test/labels.npy")
-model = serve.Model(run + "/artefact")
-right = 0
-for start in range(0, len(images), batch_size):
-    logits = model.logits(np.asarray(images[start:start + batch_size]))
-    right += int((logits.argmax(1) == labels[start:start + batch_size]).sum())
-print(repr(100.0 * (right / len(labels))))
-"""
+    "timm-vit-tiny": Job(
+        arguments=["timm:vit_tiny_patch16_224", "--weights", f"{{assets}}/{VIT_TINY}", *PHOTOS],
+        max_drop=1.0,
+        minutes=8,
+        needs=[VIT_TINY, *IMAGENET],
+    ),
+    "hf-vit-tiny": Job(
+        arguments=["hf:{made}", *PHOTOS],
+        max_drop=1.0,
+        minutes=8,
+        needs=[VIT_TINY, *IMAGENET],
+        made_by="image_model.py",
+    ),
+    "hf-minilm-sst2": Job(
+        arguments=[
+            "hf:{made}", "--data", "{assets}/sst2/dev.tsv", "--test-data", "{assets}/sst2/test.tsv",
+        ],
+        max_drop=1.0,
+        minutes=6,
+        needs=["sst2/train.tsv"],
+        made_by="text_classifier.py",
+    ),
+    "timm-vit-base-agreement": Job(
+        arguments=[
+            "timm:vit_base_patch16_224", "--weights", "random", "--metric", "agreement",
+            "--data", "{assets}/imagenet_val_650",
+        ],
+        max_drop=1.0,
+        minutes=12,
+        needs=IMAGENET,
+    ),
+}  # fmt: skip
 
 
 def missing(name: str) -> str | None:
     """The first file of a workload that isn't there."""
     folder = os.environ.get("PROFILING_AGENT_ASSETS", "")
-    for file in ASSETS.get(name, []):
+    for file in WORKLOADS[name].needs:
         if not folder or not Path(folder, file).exists():
             return file
     return None
@@ -74,10 +101,15 @@ def missing(name: str) -> str | None:
 
 def optimize(name: str, minutes: float, out: Path) -> dict[str, Any]:
     """One run: its record, its exit code and its wall time."""
-    arguments, max_drop, _ = WORKLOADS[name]
+    job, made = WORKLOADS[name], out.with_name("model")
+    if job.made_by is not None:
+        subprocess.run([sys.executable, str(HERE / job.made_by), str(made)], check=True)
+    places = {"assets": os.environ.get("PROFILING_AGENT_ASSETS", ""), "made": str(made)}
     command = [
-        sys.executable, "-m", "profiling_agent.cli", "optimize", *arguments,
-        "--max-drop", str(max_drop), "--time-budget", f"{minutes}m", "--out", str(out), "--json",
+        sys.executable, "-m", "profiling_agent.cli", "optimize",
+        *(argument.format(**places) for argument in job.arguments),
+        "--max-drop", str(job.max_drop), "--time-budget", f"{minutes}m", "--out", str(out),
+        "--json",
     ]  # fmt: skip
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -89,7 +121,7 @@ def optimize(name: str, minutes: float, out: Path) -> dict[str, Any]:
         "exit_code": done.returncode,
         "wall_s": round(seconds, 1),
         "time_budget_s": 60.0 * minutes,
-        "max_drop": max_drop,
+        "max_drop": job.max_drop,
     }
 
 
@@ -108,7 +140,7 @@ def summarise(name: str, record: dict[str, Any], out: Path) -> dict[str, Any]:
         }
         for t in record["trials"]
     ]
-    served = None if final is None else served_accuracy(record, out)
+    served = None if final is None else served_accuracy(out)
     reported = None if final is None else final["accuracy"][-1]["value"]
     return {
         "workload": name,
@@ -132,10 +164,9 @@ def _drop(evaluation: Any) -> Any:
     return None if evaluation is None else _path(evaluation["accuracy"][0], "drop", "estimate")
 
 
-def served_accuracy(record: dict[str, Any], out: Path) -> float:
-    batch_size = record["settings"]["deployment"]["batch_size"]
+def served_accuracy(out: Path) -> float:
     done = subprocess.run(
-        [sys.executable, "-I", "-c", SERVED, str(out), str(batch_size)],
+        [sys.executable, "-I", str(HERE / "serve_check.py"), str(out)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return float(done.stdout)
@@ -171,7 +202,7 @@ def main() -> None:
         if absent is not None:
             print(f"{name}: skipped, {absent} is missing")
             continue
-        minutes = WORKLOADS[name][2] / (2 if args.quick else 1)
+        minutes = WORKLOADS[name].minutes / (2 if args.quick else 1)
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             rows.append(optimize(name, minutes, Path(folder) / "run"))
         print(show(rows[-1]), flush=True)
