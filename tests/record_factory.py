@@ -30,8 +30,10 @@ from profiling_agent.records.profile import (
 )
 from profiling_agent.records.trial import Candidate, RunRecord, RunSettings, Trial, Verdict
 from profiling_agent.records.workload import (
+    ImageTransform,
     InputSpec,
     Preprocessing,
+    Reading,
     SplitInfo,
     SplitName,
     Task,
@@ -79,6 +81,27 @@ def make_workload(**fields: Any) -> WorkloadRecord:
         "splits": tuple(make_split(name) for name in ("calibration", "search", "test")),
     }
     return WorkloadRecord(**values | fields)
+
+
+def make_photo_workload(**fields: Any) -> WorkloadRecord:
+    """Images of ImageNet read from files, as a pretrained model wants them."""
+    image = ImageTransform(
+        resize=256, crop=(224, 224), interpolation="bicubic", source="timm's configuration"
+    )
+    values: dict[str, Any] = {
+        "inputs": (InputSpec(name="x", shape=(3, 224, 224), dtype="float32"),),
+        "preprocessing": Preprocessing(
+            layout="hwc",
+            scale=1 / 255,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            source="the model's own",
+            image=image,
+        ),
+        "task": Task(num_classes=1000),
+        "reading": Reading(samples_per_s=812.4, num_workers=4),
+    }
+    return make_workload(**values | fields)
 
 
 def make_split(name: SplitName, num_samples: int = 1000) -> SplitInfo:
@@ -200,6 +223,44 @@ def make_verdict(**fields: Any) -> Verdict:
         "candidates_tested": 1,
     }
     return Verdict(**values | fields)
+
+
+def make_own_metric_run(
+    *, higher_is_better: bool = True, unit: str = "", **fields: Any
+) -> RunRecord:
+    """One trial, accepted, judged by a function of the user's: 0.873 before, 0.0123 lost."""
+    task = Task(
+        metric="map50" if higher_is_better else "error",
+        unit=unit,
+        higher_is_better=higher_is_better,
+        num_classes=None,
+    )
+    drop = Interval(estimate=0.0123, low=-0.0012, high=0.0258, num_samples=1000)
+    after = 0.8607 if higher_is_better else 0.8853
+    mine = make_accuracy("test", after, agreement=None)
+    mine = mine.model_copy(update={"drop": drop, "upper_bound": 0.0236})
+    searched = mine.model_copy(update={"split": "search"})
+    before = make_accuracy("test", 0.873, None, agreement=None)
+    values: dict[str, Any] = {
+        "settings": RunSettings(budget=Budget(max_drop=0.01, unit=unit), deployment=Deployment()),
+        "workload": make_workload(
+            task=task,
+            source=WorkloadSource(
+                model="demo:vit",
+                metric=f"score.py:{task.metric}",
+                higher_is_better=higher_is_better,
+            ),
+        ),
+        "baseline": make_evaluation(accuracy=(make_accuracy("search", 0.873, None),)),
+        "trials": (make_trial("t1", evaluation=make_evaluation("t1", accuracy=(searched,))),),
+        "pareto": ("t1",),
+        "final": (
+            make_evaluation(accuracy=(before,)),
+            make_evaluation("t1", accuracy=(mine,), runtime="onnxruntime"),
+        ),
+        "verdict": make_verdict(best_control_id=None, drop=drop, drop_upper_bound=0.0236),
+    }
+    return make_run(**values | fields)
 
 
 def make_run(**fields: Any) -> RunRecord:

@@ -517,11 +517,15 @@ def test_a_group_with_a_wrong_member_does_not_pass_the_proof() -> None:
         Member(module="fc1", axis="in", units=units),
     )
     right = Group(id="channels:conv", kind="channels", root="conv", width=4, members=members)
-    assert prove(model, right, {"x": x}) is None
+    assert prove(model, [right], {"x": x}) == {right.id: None}
     strided = Member(module="fc1", axis="in", units=np.arange(144).reshape(36, 4).T)
     wrong = Group(id=right.id, kind="channels", root="conv", width=4, members=(members[0], strided))
-    reason = prove(model, wrong, {"x": x})
+    reason = prove(model, [wrong], {"x": x})[wrong.id]
     assert reason is not None and "not the same as silencing" in reason
+    others = [group for group in discover(model, x).groups if group.id != wrong.id]
+    assert others
+    together = prove(model, [*others, wrong], {"x": x})
+    assert together == {wrong.id: reason, **{group.id: None for group in others}}
 
 
 # ---- statistics and repair ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from dataclasses import fields
@@ -15,7 +16,7 @@ import record_factory as make
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.plan import PruningLine
 from profiling_agent.records.trial import Rejection, RunRecord, RunSettings
-from profiling_agent.records.workload import Task
+from profiling_agent.records.workload import ImageTransform, Preprocessing, Reading, Task
 from profiling_agent.report import wording
 from profiling_agent.report.chart import points_of, scatter
 from profiling_agent.report.html import render_html
@@ -27,7 +28,8 @@ from profiling_agent.report.live import (
     quiet,
 )
 from profiling_agent.report.profile_view import render_profile
-from profiling_agent.report.summary import headline, trial_rows
+from profiling_agent.report.stage_view import render_evaluation
+from profiling_agent.report.summary import bottleneck_in_words, headline, trial_rows
 from profiling_agent.report.terminal import render_run
 
 HOSTILE = "<script>alert(1)</script>[red]&\"'\x1b[2J\u202e"
@@ -71,7 +73,17 @@ def hostile_run() -> RunRecord:
         workload=make.make_workload(
             name=HOSTILE,
             notes=(HOSTILE,),
-            task=Task(num_classes=2, unit=HOSTILE, class_names=(HOSTILE, "b")),
+            task=Task(
+                metric=HOSTILE,
+                num_classes=2,
+                unit=HOSTILE,
+                higher_is_better=False,
+                class_names=(HOSTILE, "b"),
+            ),
+            preprocessing=Preprocessing(
+                layout="hwc", source=HOSTILE, image=ImageTransform(source=HOSTILE)
+            ),
+            reading=Reading(samples_per_s=1.0, num_workers=1, num_unreadable=1),
         ),
         machine=make.make_machine(processor=HOSTILE, versions={HOSTILE: HOSTILE}),
         trials=(
@@ -125,6 +137,101 @@ def test_a_plan_in_words() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (wording.in_metric(91.934, "points"), "91.93 %"),
+        (wording.in_metric(0.873, ""), "0.8730"),
+        (wording.in_metric(12.3456, "px"), "12.35"),
+        (wording.in_metric(15342.2, "px"), "15342"),
+        (wording.in_metric(None, ""), "–"),
+        (wording.in_drop(-0.001, "points"), "0.00"),
+        (wording.in_drop(0.01, ""), "0.0100"),
+        (wording.in_drop(-0.00123, ""), "-0.00123"),
+        (wording.in_drop(-0.0, ""), "0"),
+        (wording.in_drop(None, "px"), "–"),
+        (wording.drop_range(make.make_interval(0.01, 0.02), ""), "[-0.0100, 0.0300]"),
+        (wording.drop_range(make.make_interval(0.1, 0.2), "points"), "[-0.10, 0.30]"),
+        (wording.drop_range(None, ""), ""),
+        (wording.in_budget(0.5, "points"), "0.5 points"),
+        (wording.in_budget(0.01, ""), "0.01"),
+        (wording.in_budget(0.001, "points"), "0.001 points"),
+        (wording.with_unit("0.0123", ""), "0.0123"),
+    ],
+)
+def test_a_metric_is_written_in_its_own_unit(said: str, expected: str) -> None:
+    assert said == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (Task(num_classes=10), "accuracy: percent of samples right"),
+        (
+            Task(metric="agreement", num_classes=10),
+            "agreement: percent of samples answered as the original answers; no labels are used",
+        ),
+        (
+            Task(metric="map50", unit="", num_classes=None),
+            "map50: a function of the user's; higher is better",
+        ),
+        (
+            Task(metric="error", unit="px", higher_is_better=False, num_classes=None),
+            "error, px: a function of the user's; lower is better",
+        ),
+    ],
+)
+def test_a_metric_in_words(task: Task, expected: str) -> None:
+    assert wording.describe_metric(task) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (Task(num_classes=1000), "any of the 1,000 classes"),
+        (
+            Task(num_classes=1000, answers=tuple(range(10))),
+            "one of the 10 classes present, of 1,000",
+        ),
+        (
+            Task(metric="map50", unit="", num_classes=None),
+            "the model's outputs as they are, scored by map50",
+        ),
+    ],
+)
+def test_which_classes_a_prediction_may_be(task: Task, expected: str) -> None:
+    assert wording.describe_answers(task) == expected
+
+
+def test_preprocessing_in_words() -> None:
+    photo = make.make_photo_workload().preprocessing
+    arithmetic = (
+        "layout hwc, scale 1/255, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225) "
+        "(from: the model's own)"
+    )
+    assert wording.describe_preprocessing(photo) == (
+        "images: RGB, resize shorter side 256 bicubic, crop 224x224 "
+        f"(from: timm's configuration); {arithmetic}"
+    )
+    whole = ImageTransform(mode="BGR", resize=(240, 320))
+    other = photo.model_copy(update={"image": whole, "scale": 1.0, "mean": (1.0,) * 6})
+    said = wording.describe_preprocessing(other)
+    assert "BGR, resize 240x320 bilinear, no crop (from: none stated)" in said
+    assert "scale 1, mean (1, 1, 1, 1 and 2 more)" in said
+    assert wording.describe_preprocessing(Preprocessing()) == (
+        "no arithmetic: inputs are passed on as they are"
+    )
+
+
+def test_reading_in_words() -> None:
+    one = Reading(samples_per_s=812.4, num_workers=1)
+    assert wording.describe_reading(one) == "812 samples/s with 1 worker"
+    lost = Reading(samples_per_s=9.87, num_workers=4, num_unreadable=1200)
+    assert wording.describe_reading(lost) == (
+        "9.87 samples/s with 4 workers; 1,200 unreadable samples left out"
+    )
+
+
 # --- rows ------------------------------------------------------------------------------------
 
 
@@ -138,6 +245,12 @@ def test_headline_is_the_original_the_controls_and_ours() -> None:
     ]
     assert [row.trial_id for row in rows if row.is_best_control] == ["c2"]
     assert [row.trial_id for row in rows if row.is_handed_over] == ["t1"]
+
+
+def test_the_original_is_called_eager_once() -> None:
+    for scheme in ("fp32", "eager fp32"):
+        row = headline(make.make_run(baseline=make.make_evaluation(scheme=scheme), final=()))[0]
+        assert row.how == "torch eager fp32"
 
 
 def test_headline_prefers_the_final_stage_and_the_verdict() -> None:
@@ -273,6 +386,138 @@ def test_hostile_names_do_not_reach_the_terminal() -> None:
         text.encode("utf-8")
 
 
+# --- metrics of other kinds ------------------------------------------------------------------
+
+
+def both(record: RunRecord) -> tuple[str, str]:
+    """What the terminal shows in wide lines, and the page's words."""
+    page = html.unescape(
+        re.sub(r"<style>.*?</style>|<[^>]+>", " ", render_html(record), flags=re.S)
+    )
+    return shown(render_run(record), 400), page
+
+
+@pytest.mark.parametrize("unit", ["", "px"])
+def test_a_function_of_the_users_is_shown_in_its_own_unit(unit: str) -> None:
+    record = make.make_own_metric_run(unit=unit)
+    spaced = f" {unit}" if unit else ""
+    for text in both(record):
+        assert "map50" in text
+        assert "0.8730" in text
+        assert "0.8607" in text
+        assert f"drop 0.0123 [-0.00120, 0.0258]{spaced} (map50)" in text
+        assert "one-sided 95 % bound 0.0236" in text
+        for wrong in ("accuracy", "Accuracy", "points", "0.87 %", "0.00 ", "lower is better"):
+            assert wrong not in text
+    assert f"drop at most 0.01{spaced}" in both(record)[1]
+    assert "higher is better" in both(record)[1]
+    assert "score.py:map50" in both(record)[1]
+
+
+def test_a_metric_of_which_less_is_better_says_so_and_keeps_losses_positive() -> None:
+    record = make.make_own_metric_run(higher_is_better=False, unit="px")
+    terminal, page = both(record)
+    for text in (terminal, page):
+        assert "error, px" in text
+        assert "drop 0.0123 [-0.00120, 0.0258] px (error, lower is better)" in text
+    assert "; lower is better, and a positive drop is a loss." in terminal
+    assert "error, px (lower is better)" in page
+    assert "artefact minus original on the same samples, in px; positive is a loss" in page
+    assert "drop, px (error, lower is better)" in scatter(record)
+
+
+def test_agreement_is_in_points_and_never_called_accuracy() -> None:
+    task = Task(metric="agreement", num_classes=10)
+    for text in both(make.make_run(workload=make.make_workload(task=task))):
+        assert "drop 0.12 [-0.08, 0.32] points (agreement)" in text
+        assert "91.90 %" in text
+        assert "accuracy" not in text.lower().replace("accuracy collapsed", "")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_long_metric_fits(width: int) -> None:
+    task = Task(metric="mean_average_precision_at_50", unit="per mille", num_classes=None)
+    record = make.make_own_metric_run(workload=make.make_workload(task=task))
+    text = shown(render_run(record), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_a_missing_value_is_named_by_its_metric() -> None:
+    trial = make.make_control("c1", "torch", "fp32", evaluation=make.make_evaluation(accuracy=()))
+    record = make.make_own_metric_run(trials=(trial,), final=(), verdict=None)
+    assert "map50: not measured, and no reason was recorded" in headline(record)[1].footnotes
+
+
+def test_live_lines_have_the_metrics_unit() -> None:
+    for unit, expected in (("", "2.31x, drop 0.0123 (12.3 s)"), ("px", "drop 0.0123 px (12.3 s)")):
+        stream = io.StringIO()
+        LineProgress(stream, unit=unit).trial_finished(make.make_trial("t1"), 0.0123, 2.31)
+        assert expected in stream.getvalue()
+
+
+def test_one_evaluation_is_shown_in_the_metrics_unit() -> None:
+    record = make.make_own_metric_run(higher_is_better=False, unit="px")
+    text = shown(render_evaluation(record.final[-1], record.workload.task), 140)
+    assert "error, px (test)" in text
+    assert "0.8853 on 1,000 samples, drop 0.0123 px (-0.00120 to 0.0258)" in text
+    assert "lower is better" in text
+    text = shown(render_evaluation(make.make_run().final[-1]), 140)
+    assert "91.90 % of 1,000 samples, drop 0.12 points (-0.08 to 0.32)" in text
+    assert "lower is better" not in text
+
+
+def test_a_profile_of_other_outputs_has_no_kl() -> None:
+    assert "KL by ratio" in shown(render_profile(make.make_profile()))
+    record = make.make_own_metric_run()
+    profile = make.make_profile(workload=record.workload)
+    assert "divergence by ratio" in shown(render_profile(profile))
+    page = render_html(record, profile)
+    assert "divergence at 0.50" in page
+    assert "KL" not in page
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def test_how_the_data_were_read_is_shown() -> None:
+    reading = Reading(samples_per_s=812.4, num_workers=4, num_unreadable=3)
+    task = Task(num_classes=1000, answers=(1, 2, 5))
+    workload = make.make_photo_workload(reading=reading, task=task, notes=("names were guessed",))
+    profile = shown(render_profile(make.make_profile(workload=workload)), 400)
+    for text in (*both(make.make_run(workload=workload)), profile):
+        assert wording.describe_preprocessing(workload.preprocessing) in text
+        assert "one of the 3 classes present, of 1,000" in text
+        assert "812 samples/s with 4 workers; 3 unreadable samples left out" in text
+        assert "names were guessed" in text
+
+
+def test_nothing_is_said_of_reading_that_was_not_measured() -> None:
+    for text in both(make.make_run()):
+        assert "samples/s" not in text
+        assert "unreadable" not in text
+
+
+@pytest.mark.parametrize(
+    ("samples_per_s", "is_said"), [(100.0, True), (999.0, True), (1000.0, False), (9e5, False)]
+)
+def test_data_slower_than_twice_the_model_are_the_bottleneck(
+    samples_per_s: float, is_said: bool
+) -> None:
+    fast = make.make_evaluation("t1", throughput_per_s=500.0)
+    slow = make.make_evaluation("c1", throughput_per_s=10.0)
+    unraced = make.make_evaluation("c2", throughput_per_s=None)
+    workload = make.make_workload(reading=Reading(samples_per_s=samples_per_s, num_workers=2))
+    record = make.make_run(workload=workload, final=(slow, fast, unraced))
+    sentence = (
+        "the data are the bottleneck: reading and decoding reaches "
+        f"{samples_per_s:.0f} samples/s, less than twice the 500 of the model"
+    )
+    for text in both(record):
+        assert (sentence in text) is is_said
+    unknown = (make.make_run(workload=workload, final=(unraced,)), make.make_run(final=(fast,)))
+    assert [bottleneck_in_words(record) for record in unknown] == ["", ""]
+
+
 # --- page ------------------------------------------------------------------------------------
 
 
@@ -343,6 +588,23 @@ def test_chart_keeps_collapsed_trials_on_the_edge() -> None:
 def test_chart_has_axes_for_any_budget(max_drop: float) -> None:
     settings = RunSettings(budget=Budget(max_drop=max_drop), deployment=Deployment())
     assert "<svg" in scatter(make.make_run(settings=settings))
+
+
+def test_chart_writes_the_budget_and_the_drops_of_a_small_unit() -> None:
+    drawing = scatter(make.make_own_metric_run())
+    assert ">budget 0.01<" in drawing
+    assert "drop 0.0123</title>" in drawing
+    assert ">drop (map50)<" in drawing
+    tiny = make.make_accuracy("search", 0.9, 2e-9)
+    trial = make.make_trial("t1", evaluation=make.make_evaluation("t1", accuracy=(tiny,)))
+    settings = RunSettings(budget=Budget(max_drop=1e-8, unit=""), deployment=Deployment())
+    drawing = scatter(make.make_own_metric_run(trials=(trial,), settings=settings))
+    heights = {
+        float(y) for y in re.findall(r'class="(?:budget|reference)"[^>]* y1="([^"]+)', drawing)
+    }
+    assert max(heights) - min(heights) > 200
+    ticks = re.findall(r'text-anchor="end">([^<]+)</text>', drawing)
+    assert len(ticks) == len(set(ticks))
 
 
 # --- profile ---------------------------------------------------------------------------------

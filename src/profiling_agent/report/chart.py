@@ -1,4 +1,4 @@
-"""Accuracy lost against time, as one inline SVG: which trials were worth it, at a glance."""
+"""What was lost against time, as one inline SVG: which trials were worth it, at a glance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from html import escape
 from typing import Final
 
 from profiling_agent.records.trial import RunRecord, Trial
+from profiling_agent.records.workload import Task
 from profiling_agent.report.summary import BASELINE, searched_accuracy
-from profiling_agent.report.wording import in_ms, in_points, printable, significant
+from profiling_agent.report.wording import (
+    drop_name,
+    in_budget,
+    in_drop,
+    in_ms,
+    of_metric,
+    printable,
+    significant,
+    with_unit,
+)
 
 WIDTH: Final = 720
 HEIGHT: Final = 340
@@ -18,7 +28,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 16, 44
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One trial: milliseconds a call, and points lost on the split the loop decides by."""
+    """One trial: milliseconds a call, and what was lost on the split the loop decides by."""
 
     trial_id: str
     label: str
@@ -58,19 +68,25 @@ def scatter(record: RunRecord) -> str:
     points = points_of(record)
     if not points:
         return ""
-    baseline_ms = _baseline_ms(record)
-    axes = _axes(points, baseline_ms, record.settings.budget.max_drop)
+    baseline_ms, task = _baseline_ms(record), record.workload.task
+    max_drop = record.settings.budget.max_drop
+    axes = _axes(points, baseline_ms, max_drop)
     parts = [
         *_frame(axes, record),
-        *_references(axes, baseline_ms, record.settings.budget.max_drop),
+        *_references(axes, baseline_ms, max_drop, task.unit),
         _front(axes, points),
-        *(_dot(axes, point, record.workload.task.unit) for point in points),
+        *(_dot(axes, point, task.unit) for point in points),
     ]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="Accuracy drop against latency of {len(points)} trials">'
+        f'aria-label="{escape(_loss_label(task))}, against latency of {len(points)} trials">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def _loss_label(task: Task) -> str:
+    """``drop, points (accuracy)``, ``drop, px (error, lower is better)``, ``drop (map50)``."""
+    return f"{drop_name(task, 24)} ({of_metric(task)})"
 
 
 def _point(record: RunRecord, trial: Trial, chosen: str | None) -> Point | None:
@@ -102,7 +118,7 @@ def _axes(points: tuple[Point, ...], baseline_ms: float | None, max_drop: float)
     ceiling = max([4 * max_drop, 1e-3, *kept])
     highest = max([max_drop, *(min(p.drop, ceiling) for p in points)])
     lowest = min([0.0, *(p.drop for p in points)])
-    margin = 0.08 * max(highest - lowest, 1e-3)
+    margin = 0.08 * ((highest - lowest) or 1e-3)
     return _Axes(
         most_ms=max([1e-9, *times]) * 1.06,
         least_drop=lowest - margin,
@@ -128,22 +144,21 @@ def _frame(axes: _Axes, record: RunRecord) -> list[str]:
             "middle",
         )
     )
-    unit = escape(printable(record.workload.task.unit))
     middle = (floor + _TOP) / 2
     parts.append(
         f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
-        f"drop, {unit}</text>"
+        f"{escape(_loss_label(record.workload.task))}</text>"
     )
     return parts
 
 
-def _references(axes: _Axes, baseline_ms: float | None, max_drop: float) -> list[str]:
+def _references(axes: _Axes, baseline_ms: float | None, max_drop: float, unit: str) -> list[str]:
     right, floor = WIDTH - _RIGHT, HEIGHT - _BOTTOM
     y = axes.y(max_drop)
     parts = [
         _line("reference", _LEFT, axes.y(0.0), right, axes.y(0.0)),
         _line("budget", _LEFT, y, right, y),
-        _text(_LEFT + 6, y - 5, f"budget {in_points(max_drop)}", "start"),
+        _text(_LEFT + 6, y - 5, f"budget {in_budget(max_drop, unit)}", "start"),
     ]
     if baseline_ms is not None:
         x = axes.x(baseline_ms)
@@ -163,9 +178,8 @@ def _dot(axes: _Axes, point: Point, unit: str) -> str:
     x, y = axes.x(point.latency_ms), axes.y(point.drop)
     outside = point.drop > axes.most_drop
     kind = "outside" if outside else "control" if point.is_control else "trial"
-    title = escape(
-        f"{point.label}: {in_ms(point.latency_ms)}, drop {in_points(point.drop)} {printable(unit)}"
-    )
+    drop = with_unit(in_drop(point.drop, unit), unit)
+    title = escape(f"{point.label}: {in_ms(point.latency_ms)}, drop {drop}")
     shape = (
         f'<rect class="{kind}" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
         if point.is_control
@@ -185,7 +199,7 @@ def _ticks(low: float, high: float, about: int = 6) -> list[float]:
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough)
     first = math.ceil(low / step)
     last = math.floor(high / step)
-    return [round(n * step, 10) for n in range(first, last + 1)]
+    return [float(f"{n * step:.10g}") for n in range(first, last + 1)]
 
 
 def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:

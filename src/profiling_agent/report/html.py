@@ -14,8 +14,10 @@ from typing import Final
 from profiling_agent.records.common import Interval, Machine
 from profiling_agent.records.profile import GroupCost, ModuleCost, Profile
 from profiling_agent.records.trial import RunRecord, Trial, Verdict
+from profiling_agent.records.workload import Task
 from profiling_agent.report.chart import scatter
 from profiling_agent.report.profile_view import (
+    divergence_name,
     gaps_of,
     module_name,
     schemes_in_words,
@@ -25,7 +27,9 @@ from profiling_agent.report.profile_view import (
 from profiling_agent.report.summary import (
     HeadlineRow,
     TrialRow,
+    bottleneck_in_words,
     evidence_in_words,
+    facts_of_data,
     gain_in_words,
     headline,
     loss_in_words,
@@ -34,16 +38,24 @@ from profiling_agent.report.summary import (
 )
 from profiling_agent.report.wording import (
     DASH,
+    POINTS,
     as_count,
     as_range,
     as_ratio,
     as_share,
+    describe_metric,
     describe_plan,
+    drop_name,
+    drop_range,
+    in_budget,
+    in_drop,
     in_megabytes,
+    in_metric,
     in_ms,
-    in_percent,
-    in_points,
     in_seconds,
+    lower_is_better,
+    metric_name,
+    of_metric,
     printable,
     significant,
 )
@@ -65,6 +77,7 @@ def render_html(record: RunRecord, profile: Profile | None = None) -> str:
         _not_measured(record, profile),
         _method(record),
         _circumstances(record),
+        _data(record),
     ]
     style = files("profiling_agent.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
@@ -117,21 +130,22 @@ def _notes(lines: Iterable[str]) -> str:
 
 def _verdict(record: RunRecord) -> str:
     verdict = record.verdict
+    notes = _notes(filter(None, (bottleneck_in_words(record), *record.warnings)))
     if verdict is None:
         return (
             '<section class="verdict"><h2>No verdict yet</h2>'
-            "<p>The run has not ended; start it again to go on.</p></section>\n"
+            f"<p>The run has not ended; start it again to go on.</p>{notes}</section>\n"
         )
     return (
         f'<section class="verdict {verdict.kind}"><h2>{verdict.kind}</h2>'
-        f"{_definitions(_verdict_pairs(record, verdict))}{_notes(record.warnings)}</section>\n"
+        f"{_definitions(_verdict_pairs(record, verdict))}{notes}</section>\n"
     )
 
 
 def _verdict_pairs(record: RunRecord, verdict: Verdict) -> list[tuple[str, str]]:
     return [
         ("gain", gain_in_words(verdict)),
-        ("loss", loss_in_words(verdict, record.workload.task.unit)),
+        ("loss", loss_in_words(verdict, record.workload.task)),
         ("evidence", evidence_in_words(verdict)),
         ("reason", verdict.reason),
         ("next step", verdict.next_step),
@@ -148,17 +162,22 @@ def _of_original(ratio: float | None) -> str:
 
 
 def _headline(record: RunRecord) -> str:
-    rows = headline(record)
-    unit = printable(record.workload.task.unit)
-    titles = ["", "latency", "p90", "speed-up", "accuracy", f"drop, {unit}", "size", "memory"]
+    rows, task = headline(record), record.workload.task
+    titles = ["", "latency", "p90", "speed-up", _metric_title(task), drop_name(task)]
+    titles += ["size", "memory"]
     notes = [f"{DASH} {row.name}: {note}" for row in rows for note in row.footnotes]
     return (
         "<h2>Original, off the shelf, ours</h2>\n"
-        f"{_table(titles, map(_headline_row, rows))}{_notes(notes)}"
+        f"{_table(titles, (_headline_row(row, task.unit) for row in rows))}{_notes(notes)}"
     )
 
 
-def _headline_row(row: HeadlineRow) -> str:
+def _metric_title(task: Task) -> str:
+    better = lower_is_better(task)
+    return f"{metric_name(task)} ({better})" if better else metric_name(task)
+
+
+def _headline_row(row: HeadlineRow, unit: str) -> str:
     accuracy = row.accuracy
     drop = accuracy.drop if accuracy else None
     reference = row.role == "original"
@@ -176,8 +195,8 @@ def _headline_row(row: HeadlineRow) -> str:
         cell(in_ms(row.timing.median_ms if row.timing else None), _timing_range(row)),
         cell(in_ms(row.timing.p90_ms if row.timing else None)),
         cell("reference" if reference else _estimate(row.speedup), as_range(row.speedup)),
-        cell(in_percent(accuracy.value if accuracy else None), seen),
-        cell("reference", "") if reference else _drop_cell(drop),
+        cell(in_metric(accuracy.value if accuracy else None, unit), seen),
+        cell("reference", "") if reference else _drop_cell(drop, unit),
         cell(in_megabytes(row.size_bytes), _of_original(row.size_ratio)),
         cell(in_megabytes(row.memory_bytes), _of_original(row.memory_ratio)),
     ]
@@ -193,8 +212,8 @@ def _estimate(interval: Interval | None) -> str:
     return as_ratio(interval.estimate) if interval is not None else DASH
 
 
-def _drop_cell(drop: Interval | None) -> str:
-    return cell(in_points(drop.estimate if drop else None), as_range(drop))
+def _drop_cell(drop: Interval | None, unit: str) -> str:
+    return cell(in_drop(drop.estimate if drop else None, unit), drop_range(drop, unit))
 
 
 def _chart(record: RunRecord) -> str:
@@ -202,8 +221,9 @@ def _chart(record: RunRecord) -> str:
     if not drawing:
         return ""
     return (
-        f"<h2>Accuracy lost against time</h2>\n<figure>{drawing}<figcaption>Drops as measured "
-        "during the search. Squares: off-the-shelf controls; circles: trials; joined: the trials "
+        f"<h2>What is lost, against time</h2>\n<figure>{drawing}<figcaption>Drops of "
+        f"{words(of_metric(record.workload.task))}, as measured during the search; positive is a "
+        "loss. Squares: off-the-shelf controls; circles: trials; joined: the trials "
         "that no other feasible one beats in both; ring: handed over; hollow, on the upper edge: "
         "a larger drop than the axis shows.</figcaption></figure>\n"
     )
@@ -212,12 +232,14 @@ def _chart(record: RunRecord) -> str:
 def _trials(record: RunRecord) -> str:
     if not record.trials:
         return ""
-    titles = ["trial", "plan", "latency", "predicted", "speed-up", "accuracy", "drop", "size"]
-    rows = map(_trial_row, trial_rows(record))
+    task = record.workload.task
+    titles = ["trial", "plan", "latency", "predicted", "speed-up", _metric_title(task)]
+    titles += [drop_name(task), "size"]
+    rows = (_trial_row(row, task.unit) for row in trial_rows(record))
     return f"<h2>All trials</h2>\n{_table(titles, rows, num_words=2)}"
 
 
-def _trial_row(row: TrialRow) -> str:
+def _trial_row(row: TrialRow, unit: str) -> str:
     accuracy = row.accuracy
     tags = "".join(
         f' <span class="tag">{tag}</span>'
@@ -231,8 +253,11 @@ def _trial_row(row: TrialRow) -> str:
         cell(in_ms(row.measured_ms)),
         cell(in_ms(row.predicted_ms)),
         cell(_estimate(row.speedup), as_range(row.speedup)),
-        cell(in_percent(accuracy.value if accuracy else None), accuracy.split if accuracy else ""),
-        _drop_cell(accuracy.drop if accuracy else None),
+        cell(
+            in_metric(accuracy.value if accuracy else None, unit),
+            accuracy.split if accuracy else "",
+        ),
+        _drop_cell(accuracy.drop if accuracy else None, unit),
         cell(in_megabytes(row.size_bytes)),
     ]
     kind = "ours" if row.is_handed_over else row.status
@@ -289,12 +314,13 @@ def _groups(record: RunRecord, profile: Profile) -> str:
     ratios = _shown_ratios(profile.groups)
     widths = _widths_handed_over(record)
     titles = ["group", "width", "kept", "self time", "MACs a unit", "parameters a unit"]
-    titles += [f"KL at {ratio:.2f}" for ratio in ratios]
+    name, meaning = divergence_name(profile)
+    titles += [f"{name} at {ratio:.2f}" for ratio in ratios]
     rows = (_group_row(group, ratios, widths.get(group.id)) for group in profile.groups)
     return (
         "<h2>Groups and how sensitive they are</h2>\n"
-        "<p>Layers of a group can only be pruned together. KL: divergence of the outputs from the "
-        "original's when this group alone loses that share of its units, after repair.</p>\n"
+        f"<p>Layers of a group can only be pruned together. {name}: {meaning} when this group "
+        "alone loses that share of its units, after repair.</p>\n"
         f"{_table(titles, rows)}"
     )
 
@@ -336,7 +362,7 @@ def _not_measured(record: RunRecord, profile: Profile | None) -> str:
 
 def _method(record: RunRecord) -> str:
     settings = record.settings
-    deployment = settings.deployment
+    deployment, task = settings.deployment, record.workload.task
     timing = record.baseline_timing or record.baseline.timing
     counted = (
         f" {timing.num_calls} calls in {timing.num_blocks} blocks for the original."
@@ -345,19 +371,25 @@ def _method(record: RunRecord) -> str:
     )
     lines = [
         f"Everything at batch size {deployment.batch_size} with {deployment.threads} threads on "
-        f"{deployment.device}, accuracy too.",
+        f"{deployment.device}, the {printable(task.metric, 40)} too.",
         "Latency: median of one call, from blocks that alternate between the two artefacts "
         f"compared; its interval is a bootstrap over blocks.{counted}",
         "Speed-up: ratio of two latencies from one such measurement; above 1 is faster.",
-        "Accuracy: percent of samples right. Drop: original minus artefact on the same samples, "
-        f"in {record.workload.task.unit}; positive is a loss.",
-        "Size: bytes of the model files. Memory: peak resident memory less that of an empty "
+        f"Scored by {describe_metric(task)}. Drop: {_difference(task)}; positive is a loss.",
+        "Size: bytes of the model files. Memory: peak anonymous memory less that of an empty "
         "process with the runtime loaded.",
     ]
     isolated_not = [t.trial_id for t in record.trials if _in_process(t)]
     if isolated_not:
         lines.append(f"Carried out inside the calling process: {', '.join(isolated_not)}.")
     return f"<h2>How it was measured</h2>\n{_notes(lines)}"
+
+
+def _difference(task: Task) -> str:
+    """Which way the drop is taken, so that a loss is positive."""
+    order = "original minus artefact" if task.higher_is_better else "artefact minus original"
+    words = f"{order} on the same samples"
+    return f"{words}, in {printable(task.unit, 40)}" if task.unit else words
 
 
 def _in_process(trial: Trial) -> bool:
@@ -368,7 +400,7 @@ def _circumstances(record: RunRecord) -> str:
     settings, budget = record.settings, record.settings.budget
     pairs = [
         ("version", f"profiling-agent {record.package_version}"),
-        ("budget", f"drop at most {in_points(budget.max_drop)} {record.workload.task.unit}"),
+        ("budget", f"drop at most {in_budget(budget.max_drop, record.workload.task.unit)}"),
         ("objective", budget.objective),
         ("evidence wanted", budget.evidence),
         ("time", f"{in_seconds(record.seconds)} of {in_seconds(budget.time_s)}"),
@@ -377,9 +409,8 @@ def _circumstances(record: RunRecord) -> str:
         ("seed", str(settings.seed)),
         ("runtimes", ", ".join(settings.runtimes)),
         *_machine_pairs(record.machine),
-        *_workload_pairs(record),
     ]
-    return f"<h2>Machine, settings, data</h2>\n{_definitions(pairs)}"
+    return f"<h2>Machine and settings</h2>\n{_definitions(pairs)}"
 
 
 def _machine_pairs(machine: Machine) -> list[tuple[str, str]]:
@@ -394,9 +425,8 @@ def _machine_pairs(machine: Machine) -> list[tuple[str, str]]:
     ]
 
 
-def _workload_pairs(record: RunRecord) -> list[tuple[str, str]]:
-    workload = record.workload
-    source = workload.source
+def _data(record: RunRecord) -> str:
+    workload, source = record.workload, record.workload.source
     shapes = [f"{i.name} {list(i.shape)} {i.dtype} (from {i.found_by})" for i in workload.inputs]
     pairs = [
         ("model", source.model or "a live object"),
@@ -404,10 +434,13 @@ def _workload_pairs(record: RunRecord) -> list[tuple[str, str]]:
         ("data", source.data or ""),
         ("test data", source.test_data or ""),
         ("inputs", "; ".join(shapes)),
-        ("classes", str(workload.task.num_classes)),
+        ("list of classes", source.classes or ""),
+        ("metric", describe_metric(workload.task)),
+        ("metric from", source.metric if workload.task.unit != POINTS else ""),
     ]
     for split in workload.splits:
         labels = "labelled" if split.labelled else "no labels"
         digest = f"sha256 {split.sha256}"
         pairs.append((f"{split.name} split", f"{split.num_samples} samples, {labels}, {digest}"))
-    return pairs + [("note", note) for note in workload.notes]
+    pairs += facts_of_data(workload)
+    return f"<h2>Model and data</h2>\n{_definitions(pairs)}"

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from profiling_agent.records.trial import Trial
-from profiling_agent.report.wording import as_ratio, in_points, in_seconds, printable
+from profiling_agent.report.wording import as_ratio, in_drop, in_seconds, printable, with_unit
 
 ProgressMode = Literal["auto", "live", "lines", "silent"]
 
@@ -77,7 +77,7 @@ def describe_trial(
         outcome = f"{trial.status}, {printable(trial.reason, 300)}"
     else:
         facts = [as_ratio(speedup)] if speedup is not None else []
-        facts += [f"drop {in_points(drop)} {printable(unit)}"] if drop is not None else []
+        facts += [f"drop {with_unit(in_drop(drop, unit), unit)}"] if drop is not None else []
         outcome = ", ".join(facts) or "done"
     return f"{head}: {outcome} ({in_seconds(trial.seconds)})"
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from profiling_agent.records.profile import GroupCost, ModuleCost, Profile, Spread
+from profiling_agent.report.summary import facts_of_data
 from profiling_agent.report.wording import (
     DASH,
     as_count,
@@ -23,7 +24,7 @@ def render_profile(profile: Profile, top: int = 15) -> RenderableType:
     """Whole and sum of parts, the ``top`` slowest modules, all groups, and the gaps."""
     parts: list[RenderableType] = [_summary(profile), _modules(profile, top)]
     if profile.groups:
-        parts.append(_groups(profile.groups))
+        parts.append(_groups(profile))
     gaps = gaps_of(profile)
     if gaps:
         parts.append(Text("Not known\n" + "\n".join(f"  {gap}" for gap in gaps)))
@@ -71,6 +72,14 @@ def whole_and_parts(profile: Profile) -> str:
     return words
 
 
+def divergence_name(profile: Profile) -> tuple[str, str]:
+    """How sensitivity is called for what this model returns, and what it measures."""
+    if profile.workload.task.num_classes is not None:
+        return "KL", "divergence of the outputs from the original's"
+    meaning = "half the squared difference of the outputs, over the variance of the original's,"
+    return "divergence", meaning
+
+
 def schemes_in_words(profile: Profile) -> str:
     """``torch 2.13.0: fp32, int8-dynamic; ...`` for the runtimes that offer something here."""
     return "; ".join(
@@ -91,7 +100,9 @@ def _summary(profile: Profile) -> Text:
         f"peak activations {in_megabytes(profile.peak_activation_bytes)}",
     ]
     schemes = schemes_in_words(profile)
-    return Text("\n".join([*lines, f"runtimes: {schemes}"] if schemes else lines))
+    lines += [f"runtimes: {schemes}"] if schemes else []
+    lines += [f"{name}: {words}" for name, words in facts_of_data(profile.workload)]
+    return Text("\n".join(lines))
 
 
 def _modules(profile: Profile, top: int) -> Table:
@@ -124,15 +135,16 @@ def module_name(module: ModuleCost) -> str:
     return printable(module.name) if module.name else "(whole model)"
 
 
-def _groups(groups: tuple[GroupCost, ...]) -> Table:
+def _groups(profile: Profile) -> Table:
+    groups, (name, _) = profile.groups, divergence_name(profile)
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=Text(f"{len(groups)} groups that can be pruned; KL after repair by ratio pruned"),
+        title=Text(f"{len(groups)} groups that can be pruned; {name} after repair by ratio pruned"),
         title_justify="left",
     )
     table.add_column("group", overflow="fold")
-    for title in ("width", "self", "MACs/unit", "params/unit", "KL by ratio"):
+    for title in ("width", "self", "MACs/unit", "params/unit", f"{name} by ratio"):
         table.add_column(title, justify="right", overflow="fold")
     for group in groups:
         table.add_row(

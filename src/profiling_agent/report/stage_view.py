@@ -6,17 +6,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiling_agent.records.evaluation import BuiltArtefact, Evaluation
+from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
+from profiling_agent.records.workload import Task
 from profiling_agent.report.wording import (
     DASH,
+    POINTS,
     as_count,
     as_ratio,
+    in_drop,
     in_megabytes,
+    in_metric,
     in_ms,
-    in_percent,
-    in_points,
+    lower_is_better,
+    metric_name,
     printable,
+    with_unit,
 )
+
+_ACCURACY = Task(num_classes=None)
 
 
 def render_built(built: BuiltArtefact, folder: str) -> RenderableType:
@@ -39,19 +46,15 @@ def render_built(built: BuiltArtefact, folder: str) -> RenderableType:
     return _pairs(rows)
 
 
-def render_evaluation(evaluation: Evaluation) -> RenderableType:
-    """Accuracy with its drop, latency with the speed-up over the original, size and memory."""
-    rows: list[tuple[str, str]] = []
-    for accuracy in evaluation.accuracy:
-        drop = accuracy.drop
-        lost = (
-            f", drop {in_points(drop.estimate)} points"
-            f" ({in_points(drop.low)} to {in_points(drop.high)})"
-            if drop
-            else ""
-        )
-        words = f"{in_percent(accuracy.value)} of {accuracy.num_samples:,} samples{lost}"
-        rows.append((f"accuracy ({accuracy.split})", words))
+def render_evaluation(evaluation: Evaluation, task: Task = _ACCURACY) -> RenderableType:
+    """The metric with its drop, latency with the speed-up over the original, size and memory.
+
+    ``task`` names the metric, its unit and its direction; only these are looked at.
+    """
+    rows = [
+        (f"{metric_name(task)} ({accuracy.split})", _value_and_drop(accuracy, task))
+        for accuracy in evaluation.accuracy
+    ]
     timing, speedup = evaluation.timing, evaluation.speedup
     if timing is not None:
         rows.append(("latency", f"{in_ms(timing.median_ms)}, p90 {in_ms(timing.p90_ms)}"))
@@ -63,6 +66,17 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     rows.append(("memory", _size(evaluation.memory_bytes)))
     missing = [f"{printable(m.what)}: {printable(m.reason)}" for m in evaluation.not_measured]
     return Group(_pairs(rows), *(Text(f"not measured: {line}", style="dim") for line in missing))
+
+
+def _value_and_drop(accuracy: Accuracy, task: Task) -> str:
+    drop, unit = accuracy.drop, task.unit
+    joint = "of" if unit == POINTS else "on"
+    parts = [f"{in_metric(accuracy.value, unit)} {joint} {accuracy.num_samples:,} samples"]
+    if drop is not None:
+        low, high = in_drop(drop.low, unit), in_drop(drop.high, unit)
+        parts.append(f"drop {with_unit(in_drop(drop.estimate, unit), unit)} ({low} to {high})")
+    parts += [words] if (words := lower_is_better(task)) else []
+    return ", ".join(parts)
 
 
 def _pairs(rows: list[tuple[str, str]]) -> Table:

@@ -13,12 +13,20 @@ from typing import Final, Literal
 from profiling_agent.records.common import Interval, Timing
 from profiling_agent.records.evaluation import Accuracy, Evaluation
 from profiling_agent.records.trial import RunRecord, Trial, Verdict
+from profiling_agent.records.workload import Task, WorkloadRecord
 from profiling_agent.report.wording import (
     as_range,
     as_ratio,
+    describe_answers,
     describe_plan,
-    in_points,
+    describe_preprocessing,
+    describe_reading,
+    drop_range,
+    in_drop,
+    of_metric,
     printable,
+    significant,
+    with_unit,
 )
 
 BASELINE: Final = "baseline"
@@ -29,7 +37,7 @@ Role = Literal["original", "control", "ours"]
 _CELLS: Final[dict[str, tuple[str, ...]]] = {
     "latency": ("latency", "timing"),
     "speed-up": ("speed", "latency", "timing"),
-    "accuracy": ("accuracy", "metric", "label"),
+    "metric": ("accuracy", "metric", "label"),
     "drop": ("drop", "accuracy", "metric", "label"),
     "size": ("size", "file", "bytes"),
     "memory": ("memory", "resident"),
@@ -59,7 +67,7 @@ class HeadlineRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRow:
-    """One trial in the table of all trials; accuracy on the search split when it was measured."""
+    """One trial in the table of all trials; the metric on the search split when it was measured."""
 
     trial_id: str
     author: str
@@ -116,13 +124,15 @@ def gain_in_words(verdict: Verdict) -> str:
     return ", ".join(parts)
 
 
-def loss_in_words(verdict: Verdict, unit: str) -> str:
+def loss_in_words(verdict: Verdict, task: Task) -> str:
     """The drop with its interval and its one-sided bound; empty when there is none."""
-    if verdict.drop is None:
+    drop, unit = verdict.drop, task.unit
+    if drop is None:
         return ""
-    words = f"drop {in_points(verdict.drop.estimate)} {as_range(verdict.drop)} {printable(unit)}"
+    amount = with_unit(f"{in_drop(drop.estimate, unit)} {drop_range(drop, unit)}", unit)
+    words = f"drop {amount} ({of_metric(task)})"
     if verdict.drop_upper_bound is not None:
-        words += f", one-sided 95 % bound {in_points(verdict.drop_upper_bound)}"
+        words += f", one-sided 95 % bound {in_drop(verdict.drop_upper_bound, unit)}"
     return words
 
 
@@ -136,6 +146,30 @@ def evidence_in_words(verdict: Verdict) -> str:
             words += f"; about {verdict.samples_to_prove} test samples would prove it"
         return words
     return ""
+
+
+def facts_of_data(workload: WorkloadRecord) -> list[tuple[str, str]]:
+    """How samples became the model's input and its outputs answers, as names and words."""
+    pairs = [
+        ("preprocessing", describe_preprocessing(workload.preprocessing)),
+        ("predictions", describe_answers(workload.task)),
+    ]
+    if workload.reading is not None:
+        pairs.append(("reading", describe_reading(workload.reading)))
+    return pairs + [("note", printable(note, 400)) for note in workload.notes]
+
+
+def bottleneck_in_words(record: RunRecord) -> str:
+    """Said when reading the data would hold up the fastest of the final stage; else empty."""
+    rates = [e.throughput_per_s for e in record.final if e.throughput_per_s is not None]
+    reading = record.workload.reading
+    if reading is None or not rates or reading.samples_per_s >= 2 * max(rates):
+        return ""
+    return (
+        "the data are the bottleneck: reading and decoding reaches "
+        f"{significant(reading.samples_per_s)} samples/s, less than twice the "
+        f"{significant(max(rates))} of the model"
+    )
 
 
 def not_measured(record: RunRecord) -> tuple[str, ...]:
@@ -166,7 +200,8 @@ def _original_row(record: RunRecord) -> HeadlineRow:
         memory_bytes=evaluation.memory_bytes,
         memory_ratio=None,
     )
-    return _with_footnotes(row, evaluation, expected=("latency", "accuracy", "size", "memory"))
+    expected = ("latency", "metric", "size", "memory")
+    return _with_footnotes(row, evaluation, expected, record.workload.task.metric)
 
 
 def _trial_row(record: RunRecord, trial: Trial) -> HeadlineRow:
@@ -191,13 +226,14 @@ def _trial_row(record: RunRecord, trial: Trial) -> HeadlineRow:
         memory_bytes=evaluation.memory_bytes if evaluation else None,
         memory_ratio=_ratio(evaluation.memory_bytes, baseline.memory_bytes) if evaluation else None,
     )
-    return _with_footnotes(row, evaluation, expected=tuple(_CELLS))
+    return _with_footnotes(row, evaluation, tuple(_CELLS), record.workload.task.metric)
 
 
 def _original_how(evaluation: Evaluation) -> str:
     """The untouched module runs eagerly in torch; any other runtime executes a file."""
-    eager = " eager" if evaluation.runtime == "torch" else ""
-    return f"{printable(evaluation.runtime)}{eager} {printable(evaluation.scheme)}"
+    scheme = printable(evaluation.scheme)
+    eager = " eager" if evaluation.runtime == "torch" and "eager" not in scheme else ""
+    return f"{printable(evaluation.runtime)}{eager} {scheme}"
 
 
 def _listed_row(record: RunRecord, trial: Trial, handed_over: str | None) -> TrialRow:
@@ -272,12 +308,14 @@ def _merged(final: Evaluation | None, first: Evaluation | None) -> Evaluation | 
 
 
 def _with_footnotes(
-    row: HeadlineRow, evaluation: Evaluation | None, expected: tuple[str, ...]
+    row: HeadlineRow, evaluation: Evaluation | None, expected: tuple[str, ...], metric: str
 ) -> HeadlineRow:
     if row.failure:
         notes = [row.failure]
     else:
-        notes = [_reason(cell, evaluation) for cell in _empty_cells(row) if cell in expected]
+        notes = [
+            _reason(cell, evaluation, metric) for cell in _empty_cells(row) if cell in expected
+        ]
     return replace(row, footnotes=tuple(dict.fromkeys(notes)))
 
 
@@ -285,7 +323,7 @@ def _empty_cells(row: HeadlineRow) -> Iterator[str]:
     values: dict[str, object] = {
         "latency": row.timing,
         "speed-up": row.speedup,
-        "accuracy": row.accuracy,
+        "metric": row.accuracy,
         "drop": row.accuracy.drop if row.accuracy else None,
         "size": row.size_bytes,
         "memory": row.memory_bytes,
@@ -293,11 +331,12 @@ def _empty_cells(row: HeadlineRow) -> Iterator[str]:
     return (cell for cell, value in values.items() if value is None)
 
 
-def _reason(cell: str, evaluation: Evaluation | None) -> str:
+def _reason(cell: str, evaluation: Evaluation | None, metric: str) -> str:
     for gap in evaluation.not_measured if evaluation else ():
         if any(word in gap.what.lower() for word in _CELLS[cell]):
             return f"{printable(gap.what)}: {printable(gap.reason, 400)}"
-    return f"{cell}: not measured, and no reason was recorded"
+    name = printable(metric, 40) if cell == "metric" else cell
+    return f"{name}: not measured, and no reason was recorded"
 
 
 def _gaps(name: str, evaluation: Evaluation) -> Iterator[str]:

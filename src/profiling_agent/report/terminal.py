@@ -13,10 +13,13 @@ from rich.text import Text
 
 from profiling_agent.records.common import Interval
 from profiling_agent.records.trial import RunRecord, Verdict, VerdictKind
+from profiling_agent.records.workload import Task
 from profiling_agent.report.summary import (
     HeadlineRow,
+    bottleneck_in_words,
     common_split,
     evidence_in_words,
+    facts_of_data,
     gain_in_words,
     headline,
     loss_in_words,
@@ -26,11 +29,15 @@ from profiling_agent.report.wording import (
     as_range,
     as_ratio,
     as_share,
+    drop_name,
+    drop_range,
+    in_drop,
     in_megabytes,
+    in_metric,
     in_ms,
-    in_percent,
-    in_points,
     in_seconds,
+    lower_is_better,
+    metric_name,
     printable,
 )
 
@@ -42,15 +49,19 @@ _STYLES: Final[dict[VerdictKind, str]] = {
 
 
 def render_run(record: RunRecord, *, folder: Path | None = None) -> RenderableType:
-    """The headline table with its footnotes, then the verdict.
+    """The headline table with its footnotes, what is known of the data, then the verdict.
 
     ``folder`` is the run's own, to show where the artefact lies; without it the path is relative
     to the run.
     """
-    rows = headline(record)
+    rows, task = headline(record), record.workload.task
+    facts = [f"{name}: {words}" for name, words in facts_of_data(record.workload)]
     parts: list[RenderableType] = [_title(record), Text(), _table(record, rows)]
-    parts.append(Text("\n".join(["", _caption(rows), *_footnotes(rows)]), style="dim"))
+    lines = ["", _caption(rows, task), *_footnotes(rows), "", *facts]
+    parts.append(Text("\n".join(lines), style="dim"))
     parts.append(_verdict_panel(record, folder))
+    if bottleneck := bottleneck_in_words(record):
+        parts.append(Text(bottleneck, style="yellow"))
     parts += [Text(f"warning: {printable(w, 400)}", style="yellow") for w in record.warnings]
     return Group(*parts)
 
@@ -64,30 +75,35 @@ def _title(record: RunRecord) -> Text:
 
 
 def _table(record: RunRecord, rows: tuple[HeadlineRow, ...]) -> Table:
-    split = common_split(rows)
+    split, task = common_split(rows), record.workload.task
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
-    unit = printable(record.workload.task.unit, 12)
-    for title in ("latency", "speed-up", "accuracy", f"drop, {unit}", "size", "memory"):
+    metric, drop = metric_name(task, 16), drop_name(task, 12)
+    for title in ("latency", "speed-up", metric, drop, "size", "memory"):
         table.add_column(Text(title), justify="right", overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row, split), style="bold" if row.is_handed_over else "")
+        table.add_row(*_cells(row, split, task.unit), style="bold" if row.is_handed_over else "")
     return table
 
 
-def _caption(rows: tuple[HeadlineRow, ...]) -> str:
+def _caption(rows: tuple[HeadlineRow, ...], task: Task) -> str:
     split = common_split(rows)
     levels = {level for row in rows if (level := _confidence(row.speedup)) is not None}
     brackets = f"{100 * levels.pop():.0f} % intervals" if len(levels) == 1 else "Intervals"
     words = f"{brackets} in brackets; size and memory also as a share of the original's."
-    return f"{words} Accuracy on {split}." if split else words
+    words += f" Metric: {printable(task.metric, 40)}"
+    if split:
+        words += f" on {split}"
+    if better := lower_is_better(task):
+        words += f"; {better}, and a positive drop is a loss"
+    return f"{words}."
 
 
 def _confidence(interval: Interval | None) -> float | None:
     return interval.confidence if interval is not None else None
 
 
-def _cells(row: HeadlineRow, split: str | None) -> tuple[Text, ...]:
+def _cells(row: HeadlineRow, split: str | None, unit: str) -> tuple[Text, ...]:
     accuracy = row.accuracy
     drop = accuracy.drop if accuracy else None
     reference = row.role == "original"
@@ -96,10 +112,10 @@ def _cells(row: HeadlineRow, split: str | None) -> tuple[Text, ...]:
         _name(row),
         _cell(in_ms(row.timing.median_ms if row.timing else None)),
         _cell("reference" if reference else _estimate(row.speedup), as_range(row.speedup)),
-        _cell(in_percent(accuracy.value if accuracy else None), of_split),
+        _cell(in_metric(accuracy.value if accuracy else None, unit), of_split),
         _cell(
-            "reference" if reference else in_points(drop.estimate if drop else None),
-            "" if reference else as_range(drop),
+            "reference" if reference else in_drop(drop.estimate if drop else None, unit),
+            "" if reference else drop_range(drop, unit),
         ),
         _cell(in_megabytes(row.size_bytes), _of_original(row.size_ratio)),
         _cell(in_megabytes(row.memory_bytes), _of_original(row.memory_ratio)),
@@ -157,9 +173,13 @@ def _verdict_panel(record: RunRecord, folder: Path | None) -> Panel:
         title=Text(verdict.kind, style=f"bold {style}"),
         title_align="left",
         border_style=style,
-        subtitle=f"{len(record.trials)} trials, {in_seconds(record.seconds)}",
+        subtitle=f"{_trials(len(record.trials))}, {in_seconds(record.seconds)}",
         subtitle_align="right",
     )
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial{'' if count == 1 else 's'}"
 
 
 def _verdict_lines(
@@ -167,7 +187,7 @@ def _verdict_lines(
 ) -> list[tuple[str, str]]:
     lines = [
         ("gain", gain_in_words(verdict)),
-        ("loss", loss_in_words(verdict, record.workload.task.unit)),
+        ("loss", loss_in_words(verdict, record.workload.task)),
         ("evidence", evidence_in_words(verdict)),
         ("reason", printable(verdict.reason, 1000)),
         ("next step", printable(verdict.next_step, 1000)),

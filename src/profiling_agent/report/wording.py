@@ -11,9 +11,12 @@ from typing import Final
 
 from profiling_agent.records.common import Interval
 from profiling_agent.records.plan import Plan
+from profiling_agent.records.workload import ImageTransform, Preprocessing, Reading, Task
 
 DASH: Final = "–"
 LONGEST_NAME: Final = 200
+POINTS: Final = "points"
+"""The unit of a drop whose metric is in percent."""
 
 
 def printable(text: str, limit: int = LONGEST_NAME) -> str:
@@ -56,6 +59,59 @@ def as_share(share: float | None) -> str:
 def in_points(points: float | None) -> str:
     """A difference of percentages; positive is a loss: ``0.12``."""
     return DASH if points is None else f"{_no_negative_zero(points, 2)}"
+
+
+def in_metric(value: float | None, unit: str) -> str:
+    """A metric's value: ``91.93 %`` where drops are in points, else ``0.8731`` in its own unit."""
+    if value is None or unit == POINTS:
+        return in_percent(value)
+    return significant(value, 4)
+
+
+def in_drop(drop: float | None, unit: str) -> str:
+    """What was lost; positive is a loss: ``0.12`` points, or ``0.0123`` of any other unit."""
+    return in_points(drop) if drop is None or unit == POINTS else significant(drop)
+
+
+def drop_range(drop: Interval | None, unit: str) -> str:
+    """The bounds of a drop alone: ``[-0.08, 0.32]``; empty for a missing interval."""
+    if drop is None:
+        return ""
+    return f"[{in_drop(drop.low, unit)}, {in_drop(drop.high, unit)}]"
+
+
+def with_unit(value: str, unit: str) -> str:
+    """``0.12 points``; a metric without a unit leaves the number alone."""
+    return f"{value} {printable(unit, 40)}".rstrip()
+
+
+def in_budget(max_drop: float, unit: str) -> str:
+    """As the user gave it, never rounded: ``0.5 points``, ``0.01``."""
+    return with_unit(f"{max_drop:g}", unit)
+
+
+def metric_name(task: Task, limit: int = 40) -> str:
+    """``accuracy``, ``map50``, or with its own unit ``error, px``."""
+    name = printable(task.metric, limit) or "metric"
+    own_unit = "" if task.unit == POINTS else printable(task.unit, limit)
+    return f"{name}, {own_unit}" if own_unit else name
+
+
+def drop_name(task: Task, limit: int = 40) -> str:
+    """``drop, points``, or ``drop`` for a metric without a unit."""
+    unit = printable(task.unit, limit)
+    return f"drop, {unit}" if unit else "drop"
+
+
+def lower_is_better(task: Task) -> str:
+    """The words, where they hold; empty otherwise."""
+    return "" if task.higher_is_better else "lower is better"
+
+
+def of_metric(task: Task) -> str:
+    """What a drop is a drop of: ``accuracy``, or ``error, lower is better``."""
+    name = printable(task.metric, 40) or "metric"
+    return ", ".join(filter(None, (name, lower_is_better(task))))
 
 
 def in_megabytes(num_bytes: int | None) -> str:
@@ -117,6 +173,75 @@ def describe_plan(plan: Plan, most_lines: int = 4) -> str:
     if plan.pruning:
         parts.append(f"repair {plan.repair}")
     return "; ".join(parts)
+
+
+def describe_metric(task: Task) -> str:
+    """``accuracy: percent of samples right``; for a function of the user's, which way is better."""
+    name = metric_name(task)
+    if task.unit != POINTS:
+        better = lower_is_better(task) or "higher is better"
+        return f"{name}: a function of the user's; {better}"
+    if task.metric == "agreement":
+        return f"{name}: percent of samples answered as the original answers; no labels are used"
+    return f"{name}: percent of samples right"
+
+
+def describe_answers(task: Task) -> str:
+    """Which classes a prediction may be: any, or those present in the data."""
+    if task.num_classes is None or task.unit != POINTS:
+        return f"the model's outputs as they are, scored by {printable(task.metric, 40)}"
+    if task.answers:
+        return f"one of the {len(task.answers):,} classes present, of {task.num_classes:,}"
+    return f"any of the {task.num_classes:,} classes"
+
+
+def describe_preprocessing(stated: Preprocessing) -> str:
+    """From files to the model's input, each step with where it comes from."""
+    steps = [_describe_image(stated.image)] if stated.image is not None else []
+    return "; ".join([*steps, _describe_arithmetic(stated)])
+
+
+def describe_reading(reading: Reading) -> str:
+    """``812 samples/s with 4 workers; 3 unreadable samples left out``."""
+    workers = f"{reading.num_workers} worker{'' if reading.num_workers == 1 else 's'}"
+    words = f"{significant(reading.samples_per_s)} samples/s with {workers}"
+    lost = reading.num_unreadable
+    if not lost:
+        return words
+    return f"{words}; {lost:,} unreadable sample{'' if lost == 1 else 's'} left out"
+
+
+def _describe_image(image: ImageTransform) -> str:
+    parts: list[str] = [image.mode]
+    if isinstance(image.resize, tuple):
+        parts.append(f"resize {_size(image.resize)} {image.interpolation}")
+    elif image.resize is not None:
+        parts.append(f"resize shorter side {image.resize} {image.interpolation}")
+    else:
+        parts.append("no resize")
+    parts.append(f"crop {_size(image.crop)}" if image.crop is not None else "no crop")
+    return f"images: {', '.join(parts)} (from: {printable(image.source)})"
+
+
+def _describe_arithmetic(stated: Preprocessing) -> str:
+    if stated.layout == "none":
+        return "no arithmetic: inputs are passed on as they are"
+    is_byte = abs(stated.scale * 255 - 1) < 1e-6
+    parts = [f"layout {stated.layout}", f"scale {'1/255' if is_byte else f'{stated.scale:g}'}"]
+    for name, values in (("mean", stated.mean), ("std", stated.std)):
+        if values:
+            parts.append(f"{name} ({_some(values)})")
+    return f"{', '.join(parts)} (from: {printable(stated.source)})"
+
+
+def _some(values: tuple[float, ...], most: int = 4) -> str:
+    """All values of usual images, the first of data with many channels."""
+    words = ", ".join(f"{value:g}" for value in values[:most])
+    return f"{words} and {len(values) - most} more" if len(values) > most else words
+
+
+def _size(height_and_width: tuple[int, int]) -> str:
+    return "x".join(str(side) for side in height_and_width)
 
 
 def _describe_quantization(plan: Plan, most_names: int = 3) -> str:
