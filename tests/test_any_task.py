@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from data_files import photo, write_images
 from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.data import Sample
+from profiling_agent.acquisition.formats.objects import open_object
+from profiling_agent.acquisition.reading import Reader, settle_length
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.api import load, optimize
@@ -88,6 +91,18 @@ class TestImages:
         workload = get(tmp_path / "a", data=(x, np.arange(40) % 3), overrides=wish)
         assert workload.record.inputs[0].shape == (3, 14, 14)
 
+    def test_arrays_of_the_right_size_can_have_their_channels_reversed(
+        self, tmp_path: Path
+    ) -> None:
+        x = np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)
+        data = (x, np.arange(40) % 3)
+        plain = get(tmp_path / "a", data=data)
+        assert plain.record.preprocessing.image is None  # nothing was done to them
+        turned = get(tmp_path / "b", data=data, overrides=Overrides(mode="BGR"))
+        assert turned.record.preprocessing.image is not None
+        one, other = (each.splits["test"].inputs["x"] for each in (plain, turned))
+        assert np.array_equal(one, other[..., ::-1])
+
     def test_a_few_damaged_files_are_left_out_and_many_are_refused(
         self, photos: Path, tmp_path: Path
     ) -> None:
@@ -111,7 +126,61 @@ class TestImages:
             get(tmp_path / "other", answers="present", metric="agreement", **named)
 
 
+class Words:
+    """A tokenizer of letters."""
+
+    limit, max_length = 64, 16
+
+    def count(self, text: str | tuple[str, str]) -> int:
+        return sum(len(each) + 1 for each in ([text] if isinstance(text, str) else text))
+
+    def encode(self, text: str | tuple[str, str], length: int) -> dict[str, np.ndarray]:
+        joined = text if isinstance(text, str) else "|".join(text)
+        ids = [ord(letter) for letter in joined[:length]]
+        return {"ids": np.array(ids + [0] * (length - len(ids)), dtype=np.int64)}
+
+
+class TestTexts:
+    def test_one_text_a_pair_and_what_stands_beside(self) -> None:
+        reader = Reader(tokenizer=Words(), length=8)
+
+        def ids(inputs: dict[str, Any]) -> str:
+            array = reader.read(Sample(inputs=inputs, label=0)).inputs["ids"]
+            return "".join(map(chr, array)).rstrip("\0")
+
+        assert ids({"": "good"}) == "good"
+        assert ids({"": ("a", "b")}) == "a|b"
+        assert ids({"premise": "a", "hypothesis": "b", "idx": 3}) == "a|b"
+        assert any("'idx'" in note for note in reader.notes)
+        with pytest.raises(DataError, match="3 texts"):
+            ids({"a": "x", "b": "y", "c": "z"})
+
+    def test_the_length_is_the_longest_text_s_and_can_be_limited(self) -> None:
+        source = open_object([("a" * n, 0) for n in (3, 9, 12)], None).parts["all"]
+        assert settle_length(Words(), [source], None)[0] == 16
+        length, words = settle_length(Words(), [source], 8)
+        assert length == 8 and "66.7%" in words
+        stream = open_object((("a", 0) for _ in range(3)), None).parts["all"]
+        assert settle_length(Words(), [stream], None)[0] == 16
+
+
 class TestOtherMetrics:
+    def test_has_no_default_for_what_may_be_lost(self, tmp_path: Path) -> None:
+        with pytest.raises(BudgetError, match="needs --max-drop"):
+            optimize(Net(), tmp_path, metric=lambda o, t: 0.0, out=tmp_path / "run")
+
+    def test_named_inputs_of_an_npz_need_no_labels(self, tmp_path: Path) -> None:
+        class Two(nn.Module):
+            def forward(self, left: Tensor, right: Tensor) -> Tensor:
+                return left + right
+
+        arrays = np.random.default_rng(0).standard_normal((2, 60, 3), dtype=np.float32)
+        np.savez(tmp_path / "d.npz", left=arrays[0], right=arrays[1])
+        workload = get(
+            tmp_path / "a", model=Two(), data=str(tmp_path / "d.npz"), metric="agreement"
+        )
+        assert [spec.name for spec in workload.record.inputs] == ["left", "right"]
+
     def test_agreement_needs_no_labels(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32)
         with pytest.raises(DataError, match="--metric agreement"):

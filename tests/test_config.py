@@ -248,7 +248,6 @@ class TestInit:
 
 
 def test_check_tells_the_defaults_that_the_commands_have() -> None:
-    assert inspect.signature(cli.optimize).parameters["max_drop"].default == checkup.MAX_DROP
     most = inspect.signature(acquire).parameters["max_samples"].default
     assert most == checkup.MAX_SAMPLES_OF_A_RUN
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiling_agent.acquisition.metrics import load_metric, name_of, unit_of
 from profiling_agent.errors import BudgetError, DataError, TrialError
-from profiling_agent.evaluation.judge import Judge, find_judge, load_metric
+from profiling_agent.evaluation.judge import Judge, find_judge
 from profiling_agent.evaluation.screening import collapsed
 from profiling_agent.records.workload import Task
 
@@ -165,6 +166,13 @@ class TestTheFunction:
         with pytest.raises(BudgetError, match="no function"):
             load_metric(f"{file}:top")
         assert load_metric("accuracy") is None
+
+    def test_may_state_a_unit(self, tmp_path: Path) -> None:
+        file = tmp_path / "data.py"
+        file.write_text("def far(outputs, targets): ...\nfar.unit = 'px'\n")
+        assert (unit_of(f"{file}:far"), name_of(f"{file}:far")) == ("px", "far")
+        assert (unit_of(closeness), name_of(closeness)) == ("", "closeness")
+        assert (unit_of("agreement"), name_of("agreement")) == ("points", "agreement")
 
     @pytest.mark.parametrize(
         ("function", "words"),

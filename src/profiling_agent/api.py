@@ -26,7 +26,7 @@ from profiling_agent.report.live import open_progress
 def optimize(
     model: str | nn.Module,
     data: object | None = None,
-    max_drop: float = 0.5,
+    max_drop: float | None = None,
     *,
     out: str | Path,
     weights: str | None = None,
@@ -49,7 +49,7 @@ def optimize(
     seed: int = 0,
     show_progress: bool = True,
 ) -> RunRecord:
-    """Search for the best artefact within ``max_drop``; it is left in ``out/artefact``.
+    """Search for the best artefact within ``max_drop`` (None: half a point); see ``out/artefact``.
 
     ``model`` is a live module or a reference such as ``timm:resnet18``, ``hf:NAME``,
     ``model.py:factory`` or ``demo:vit``; ``data`` a dataset, a loader, a pair of arrays, a
@@ -82,7 +82,7 @@ def optimize(
         )
         settings = RunSettings(
             budget=Budget(
-                max_drop=max_drop,
+                max_drop=loop.default_drop(max_drop, request.unit),
                 unit=request.unit,
                 objective=objective,
                 time_s=time_budget,
@@ -110,13 +110,33 @@ def profile(
     data: object | None = None,
     *,
     weights: str | None = None,
+    classes: str | None = None,
+    metric: str | Callable[..., Any] = "accuracy",
+    preprocessing: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
     batch_size: int = 1,
     threads: int | None = None,
     seconds: float = 120.0,
 ) -> Profile:
-    """Costs of every module and group, latency against width, and accuracy sensitivity."""
-    request = Request(model=model, data=data, weights=weights)
-    deployment = Deployment(batch_size=batch_size, threads=threads or default_threads())
+    """Costs of every module and group, latency against width, and accuracy sensitivity.
+
+    Arguments as in ``optimize``; ``seconds`` are about what it may take.
+    """
+    try:
+        request = Request(
+            model=model,
+            data=data,
+            weights=weights,
+            classes=classes,
+            metric=metric,
+            overrides=Overrides(**dict(preprocessing or {})),
+            max_length=max_length,
+            trust_remote_code=trust_remote_code,
+        )
+        deployment = Deployment(batch_size=batch_size, threads=threads or default_threads())
+    except ValidationError as error:
+        raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
     return stages.profile(request, deployment=deployment, seconds=seconds)
 
 

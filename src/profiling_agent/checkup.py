@@ -6,7 +6,6 @@ looks wrong is tried against its alternatives. The test split is not looked at.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.preprocess import preprocess
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Split, Workload, compute_logits
 from profiling_agent.deployment.runtimes import INSTALL_LINES, RUNTIMES
 from profiling_agent.errors import DataError, StorageError
 from profiling_agent.evaluation.alternatives import Alternative, alternatives
-from profiling_agent.evaluation.judge import classes, find_judge, load_metric
+from profiling_agent.evaluation.judge import classes, find_judge
 from profiling_agent.evaluation.statistics import provable_drop
 from profiling_agent.evaluation.suspicions import (
     MIN_JUDGES,
@@ -58,7 +58,7 @@ from profiling_agent.records.check import (
     Finding,
     PreprocessingTrial,
 )
-from profiling_agent.records.common import Budget, Deployment, Interval, NotMeasured
+from profiling_agent.records.common import DEFAULT_DROP, Budget, Deployment, Interval, NotMeasured
 from profiling_agent.records.store import write_text
 from profiling_agent.records.workload import Preprocessing, SplitName, WorkloadRecord
 from profiling_agent.report.check_view import draw_samples
@@ -66,7 +66,6 @@ from profiling_agent.run_state import package_version
 
 MAX_SAMPLES: Final = 1_000
 MAX_SAMPLES_OF_A_RUN: Final = 20_000
-MAX_DROP: Final = 0.5
 NUM_SHOWN: Final = 16
 BATCH: Final = 16
 NUM_TWICE: Final = 8
@@ -364,7 +363,7 @@ class _Checkup:
             assert self.latency is not None
             self._add(find_slow_data(record.reading.samples_per_s, self.latency.samples_per_s))
         if self.task.unit == "points":
-            self._add(find_few(self._num_test(), MAX_DROP))
+            self._add(find_few(self._num_test(), DEFAULT_DROP))
         else:
             self._skip("provable drop", f"it depends on the scores of {self.task.metric!r}")
 
@@ -482,24 +481,21 @@ def as_picture(raw: np.ndarray, preprocessing: Preprocessing) -> np.ndarray | No
 def whole_splits(record: WorkloadRecord) -> dict[SplitName, int]:
     """Samples that ``optimize`` will have in each split: of the whole data, at most 20,000.
 
-    Told by the notes on thinning; damaged samples are taken to be as frequent everywhere.
+    Damaged samples are taken to be as frequent everywhere.
     """
     total = sum(split.num_samples for split in record.splits)
-    whole = float(total)
-    for note in record.notes:
-        found = re.match(r"(\d+) samples were thinned at random to (\d+)", note)
-        if found:
-            whole *= int(found[1]) / int(found[2])
+    whole = record.num_available or total
     ratio = min(whole, MAX_SAMPLES_OF_A_RUN) / max(1, total) if whole > total else 1.0
     return {split.name: round(split.num_samples * ratio) for split in record.splits}
 
 
 def describe_defaults(record: WorkloadRecord, deployment: Deployment) -> Defaults:
     """What ``optimize`` would use without flags; the deployment is the one asked for."""
-    budget = Budget(max_drop=MAX_DROP, unit=record.task.unit)
+    budget = Budget(max_drop=DEFAULT_DROP, unit=record.task.unit)
+    has_default = record.task.unit == "points"
     versions = {name: runtime.version() for name, runtime in RUNTIMES.items()}
     return Defaults(
-        max_drop=budget.max_drop,
+        max_drop=budget.max_drop if has_default else None,
         unit=budget.unit,
         time_budget_s=budget.time_s,
         max_trials=budget.max_trials,

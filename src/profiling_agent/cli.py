@@ -155,7 +155,7 @@ def request_flags(
     ] = None,
     mode: Annotated[Mode | None, typer.Option(help="channels of decoded images")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a text at most [the model's]")
+        int | None, typer.Option(min=1, help="tokens of a text at most [the model's, up to 512]")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="let an hf: model run code of its own")
@@ -225,7 +225,10 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 @takes_request
 def optimize(
     request: Request,
-    max_drop: MaxDrop = 0.5,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="what may be lost, in the metric's unit [0.5 points]"),
+    ] = None,
     time_budget: TimeBudget = "15m",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("result"),
     objective: Annotated[Objective, typer.Option(help="what to improve")] = Objective.latency,
@@ -244,7 +247,7 @@ def optimize(
     json: Json = False,
 ) -> None:
     """Find, prove and hand over the best artefact within the budget."""
-    from profiling_agent.loop import check_settings, optimize_workload
+    from profiling_agent.loop import check_settings, default_drop, optimize_workload
     from profiling_agent.planning.planner import find_planner
     from profiling_agent.records.common import Budget
     from profiling_agent.records.store import RunStore
@@ -256,7 +259,7 @@ def optimize(
     settings = _record(
         lambda: RunSettings(
             budget=Budget(
-                max_drop=max_drop,
+                max_drop=default_drop(max_drop, request.unit),
                 unit=request.unit,
                 objective=objective.value,
                 time_s=seconds,
@@ -336,12 +339,14 @@ def plan(
     from profiling_agent.records.profile import Profile
     from profiling_agent.records.store import write_text
 
+    history = stages.read_run(run) if run is not None else None
+    unit = history.settings.budget.unit if history is not None else "points"
     proposal = stages.propose(
         Profile.read(profile),
         planner=planner,
-        budget=_record(lambda: Budget(max_drop=max_drop, objective=objective.value)),
+        budget=_record(lambda: Budget(max_drop=max_drop, unit=unit, objective=objective.value)),
         deployment=_deployment(batch_size, threads),
-        history=stages.read_run(run).trials if run is not None else (),
+        history=history.trials if history is not None else (),
         seed=seed,
     )
     if out is not None:
@@ -388,7 +393,9 @@ def evaluate(
 ) -> None:
     """Measure an artefact beside the original: accuracy on the test split, latency, memory."""
     from profiling_agent import stages
+    from profiling_agent.acquisition.metrics import name_of
     from profiling_agent.records.store import write_text
+    from profiling_agent.records.workload import Task
     from profiling_agent.report.stage_view import render_evaluation
 
     record = stages.evaluate(
@@ -399,7 +406,13 @@ def evaluate(
     )
     if out is not None:
         write_text(out, record.to_json())
-    _show(record.to_json() if json else None, lambda: render_evaluation(record))
+    task = Task(
+        metric=name_of(request.metric),
+        unit=request.unit,
+        higher_is_better=request.higher_is_better,
+        num_classes=None,
+    )
+    _show(record.to_json() if json else None, lambda: render_evaluation(record, task))
 
 
 @app.command()

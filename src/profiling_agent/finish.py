@@ -177,8 +177,8 @@ class Finish:
         built, labels = self._built(trial), self.workload.splits["test"].labels
         with contextlib.closing(self._open(trial, built)) as predictor:
             ours = self.judge.answers(predictor.logits(self.store.data / "test"))
-        accuracy = self.judge.score("test", ours, labels, self.original, level=self.level)
         drop = self.judge.drop(ours, labels, self.original, level=self.level)
+        accuracy = self.judge.accuracy("test", ours, labels, self.original, drop)
         needed = drop.samples_to_prove(self.budget.max_drop)
         evaluation = self._unraced(trial, built, accuracy)
         return _facts(evaluation, None, needed)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import baseline_size
@@ -26,7 +27,7 @@ from profiling_agent.errors import (
     ModelError,
     TrialError,
 )
-from profiling_agent.evaluation.judge import Judge, find_judge, load_metric
+from profiling_agent.evaluation.judge import Judge, find_judge
 from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.evaluation.statistics import provable_drop
@@ -38,7 +39,7 @@ from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
-from profiling_agent.records.common import NotMeasured
+from profiling_agent.records.common import DEFAULT_DROP, NotMeasured
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.profile import Profile
@@ -116,6 +117,17 @@ def optimize_workload(
     record = draw_record(store, state)
     save_record(store, record)
     return record
+
+
+def default_drop(asked: float | None, unit: str) -> float:
+    """What may be lost when nobody says: half a point; ``BudgetError`` for any other unit."""
+    if asked is not None:
+        return asked
+    if unit != "points":
+        raise BudgetError(
+            "A metric of your own needs --max-drop: what may be lost of it, in its own unit."
+        )
+    return DEFAULT_DROP
 
 
 def check_settings(settings: RunSettings) -> None:

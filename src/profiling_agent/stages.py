@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import check_artefact, read_manifest
 from profiling_agent.deployment.runtimes import require_runtime
 from profiling_agent.errors import ArtefactError, DataError, PlanError
-from profiling_agent.evaluation.judge import find_judge, load_metric
+from profiling_agent.evaluation.judge import find_judge
 from profiling_agent.evaluation.measure import FINAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.machine.processor import describe_machine

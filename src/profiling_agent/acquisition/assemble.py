@@ -36,6 +36,7 @@ from profiling_agent.acquisition.inputs import (
     resolve_from_data,
     resolve_without_data,
 )
+from profiling_agent.acquisition.metrics import BUILT_IN_METRICS
 from profiling_agent.acquisition.reading import (
     Reader,
     is_image,
@@ -43,9 +44,6 @@ from profiling_agent.acquisition.reading import (
     output_size,
     settle_length,
     with_overrides,
-)
-from profiling_agent.acquisition.request import (
-    BUILT_IN_METRICS,
 )
 from profiling_agent.acquisition.splits import (
     LabelReader,
@@ -121,11 +119,13 @@ class Assembly:
             _check_unreadable(share, done, max_unreadable)
             written.append(done)
             splits[share.split] = open_split(done.info, self.folder / share.split, ordered)
-        resolved = self._with_transform(resolved, bundle, reader)
+        resolved = self._with_transform(resolved, reader)
         task = self._task(resolved, bundle, splits)
         self.notes += [*resolved.notes, *decisions, *_unique_notes(parts), *reader.notes]
         self.notes += _notes_on_splits(splits, written)
-        return self._record(resolved, splits, task, _reading(shares, written)), splits
+        record = self._record(resolved, splits, task, _reading(shares, written))
+        available = sum(part.length or 0 for part in parts.values())
+        return record.model_copy(update={"num_available": available}), splits
 
     def without_data(self) -> tuple[WorkloadRecord, dict[SplitName, Split]]:
         model = self.model.module
@@ -167,22 +167,24 @@ class Assembly:
         )
 
     def _reader(self, bundle: Bundle) -> Reader:
-        first = _first_input(bundle)
+        first, model = _first_input(bundle), self.model
         length = 0
-        if self.model.tokenizer is not None and first is not None and is_text(first):
+        if model.tokenizer is not None and (first is None or _has_text(bundle)):
             sources = list(bundle.parts.values())
-            length, words = settle_length(self.model.tokenizer, sources, self.source.max_length)
+            length, words = settle_length(model.tokenizer, sources, self.source.max_length)
             self.notes.append(words)
         overrides = self.source.overrides
         changes = {key: getattr(overrides, key) for key in TRANSFORM_KEYS}
-        stated = None if bundle.preprocessing else self.model.image
-        transform = with_overrides(stated, changes)
-        if transform is None and first is not None and is_image(first):
+        transform = None if bundle.preprocessing else model.image
+        if any(value is not None for value in changes.values()):
+            base = transform or ImageTransform(mode=_mode_for(model.module, bundle), source="")
+            transform = with_overrides(base, changes)
+        elif transform is None and first is not None and is_image(first):
             transform = self._own_transform(bundle)
         return Reader(
             image=transform,
-            resizes_arrays=transform is not None,
-            tokenizer=self.model.tokenizer,
+            transforms_arrays=transform is not None,
+            tokenizer=model.tokenizer,
             length=length,
         )
 
@@ -232,12 +234,11 @@ class Assembly:
             return stated
         return {**stated, **asked, "source": "asked for by the user"}
 
-    def _with_transform(self, resolved: Resolved, bundle: Bundle, reader: Reader) -> Resolved:
-        first = _first_input(bundle)
-        used = reader.image is not None and first is not None and not is_text(first)
-        if not used or resolved.preprocessing.layout == "none":
+    def _with_transform(self, resolved: Resolved, reader: Reader) -> Resolved:
+        """The record of the transform that images really went through."""
+        if not reader.applied or resolved.preprocessing.layout == "none":
             return resolved
-        preprocessing = resolved.preprocessing.model_copy(update={"image": reader.image})
+        preprocessing = resolved.preprocessing.model_copy(update={"image": reader.applied[0]})
         return replace(resolved, preprocessing=preprocessing)
 
     def _label_reader(self, source: Source) -> LabelReader:
@@ -268,8 +269,8 @@ class Assembly:
             )
         is_ours = metric in BUILT_IN_METRICS
         return Task(
-            metric=metric if is_ours else metric.rpartition(":")[2],
-            unit="points" if is_ours else "",
+            metric=self.source.metric_name,
+            unit=self.source.unit,
             higher_is_better=is_ours or self.source.higher_is_better,
             num_classes=num_classes,
             class_names=names,
@@ -334,6 +335,11 @@ def _first_input(bundle: Bundle) -> Any:
     for sample in _samples_of(bundle):
         return next(iter(sample.inputs.values()))
     return None
+
+
+def _has_text(bundle: Bundle) -> bool:
+    first = next(_samples_of(bundle), None)
+    return first is not None and any(is_text(value) for value in first.inputs.values())
 
 
 def _samples_of(bundle: Bundle) -> Iterator[Sample]:

@@ -25,6 +25,7 @@ from profiling_agent.records.workload import ImageTransform
 PLAIN_IMAGE = ImageTransform(source="as it is")
 MAX_COUNTED = 2_000
 LENGTH_STEP = 8
+STREAM_LENGTH = 128
 AHEAD = 4
 """Samples in work for each worker."""
 
@@ -33,23 +34,24 @@ AHEAD = 4
 class Reader:
     """Turns a sample's inputs into arrays; notes collect what a user should know.
 
-    ``image`` None leaves images in their own size. ``resizes_arrays`` applies ``image`` to arrays
-    of bytes too, unless they already have its size.
+    ``image`` None leaves images in their own size. ``transforms_arrays`` applies ``image`` to
+    arrays of bytes too; of those that have its size already only the channels are changed.
     """
 
     image: ImageTransform | None = None
-    resizes_arrays: bool = False
+    transforms_arrays: bool = False
     tokenizer: Tokenizer | None = None
     length: int = 0
     notes: list[str] = field(default_factory=list)
+    applied: list[ImageTransform] = field(default_factory=list)
 
     def read(self, sample: Sample) -> Sample:
         """The sample with numeric inputs; ``DataError`` when it has none."""
+        texts = [name for name, value in sample.inputs.items() if is_text(value)]
+        if texts and self.tokenizer is not None:
+            return self._tokenize(self.tokenizer, sample, texts)
         inputs: dict[str, np.ndarray] = {}
         for name, value in sample.inputs.items():
-            if is_text(value) and self.tokenizer is not None:
-                inputs.update(self.tokenizer.encode(value, self.length))
-                continue
             array = self._read(value)
             if array is not None:
                 inputs[name] = array
@@ -63,25 +65,49 @@ class Reader:
             )
         return Sample(inputs=inputs, label=sample.label)
 
+    def _tokenize(self, tokenizer: Tokenizer, sample: Sample, names: list[str]) -> Sample:
+        """One text, or two as a pair in their order; what else the sample has is left out."""
+        values = [sample.inputs[name] for name in names]
+        if len(values) > 2 or (len(values) == 2 and not all(isinstance(v, str) for v in values)):
+            raise DataError(
+                f"A sample has {len(values)} texts ({', '.join(map(repr, names))}); give one, or "
+                "two that make a pair."
+            )
+        for name in sample.inputs:
+            if name not in names:
+                self._note(f"the data's entry {name!r} stands beside a text and was left out")
+        text = values[0] if len(values) == 1 else (values[0], values[1])
+        return Sample(inputs=tokenizer.encode(text, self.length), label=sample.label)
+
     def _read(self, value: Any) -> np.ndarray | None:
         if is_image(value):
-            return load_image(value, self.image or PLAIN_IMAGE)
+            return self._load(value, self.image or PLAIN_IMAGE)
         array = as_array(value)
-        if array is not None and self.resizes_arrays and self._is_other_size(array):
-            assert self.image is not None
-            return load_image(array, self.image)
+        if array is None or self.image is None or not self.transforms_arrays:
+            return array
+        if not _is_picture(array):
+            return array
+        if array.shape[:2] != output_size(self.image):
+            return self._load(array, self.image)
+        if self.image.mode == "BGR":
+            return self._load(array, ImageTransform(mode="BGR", source=self.image.source))
         return array
 
-    def _is_other_size(self, array: np.ndarray) -> bool:
-        size = output_size(self.image)
-        is_image = array.dtype == np.uint8 and (
-            array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
-        )
-        return is_image and size is not None and array.shape[:2] != size
+    def _load(self, value: Any, transform: ImageTransform) -> np.ndarray:
+        if transform not in self.applied:
+            self.applied.append(transform)
+        return load_image(value, transform)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _is_picture(array: np.ndarray) -> bool:
+    """Bytes (height, width) or (height, width, 1, 3 or 4)."""
+    return array.dtype == np.uint8 and (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    )
 
 
 def is_text(value: Any) -> bool:
@@ -114,20 +140,31 @@ def settle_length(
     limit = min(tokenizer.limit, max_length) if max_length else tokenizer.max_length
     share = MAX_COUNTED // max(1, len(sources))
     counts = [
-        tokenizer.count(value)
+        tokenizer.count(text)
         for source in sources
         if source.length
         for index in np.linspace(0, source.length - 1, min(share, source.length), dtype=int)
-        for value in source.get(int(index)).inputs.values()
-        if is_text(value)
+        for text in _texts_of(source, int(index))
     ]
-    longest = max(counts, default=limit)
+    if not counts:  # streams are read once, so nothing can be counted beforehand
+        length = min(limit, max_length or STREAM_LENGTH)
+        return length, f"texts are padded or cut to {length} tokens (--max-length)"
+    longest = max(counts)
     length = min(limit, -(-longest // LENGTH_STEP) * LENGTH_STEP)
     words = f"texts are padded to {length} tokens"
     cut = sum(count > length for count in counts)
     if cut:
         words += f"; {cut / len(counts):.1%} of them are longer and are cut (--max-length)"
     return length, words
+
+
+def _texts_of(source: Source, index: int) -> list[str | tuple[str, str]]:
+    """The text of a sample, or the pair of its two; empty when it can't be read."""
+    try:
+        texts = [value for value in source.get(index).inputs.values() if is_text(value)]
+    except UnreadableSample:
+        return []
+    return [(texts[0], texts[1])] if len(texts) == 2 else texts
 
 
 def read_all(
@@ -168,16 +205,12 @@ def read_all(
                 future.cancel()
 
 
-def with_overrides(
-    transform: ImageTransform | None, changes: Mapping[str, Any]
-) -> ImageTransform | None:
-    """A transform with what the user asked for; made from nothing when there was none."""
+def with_overrides(transform: ImageTransform, changes: Mapping[str, Any]) -> ImageTransform:
+    """A transform with what the user asked for in place of what it says itself."""
     wanted = {key: value for key, value in changes.items() if value is not None}
-    if not wanted:
-        return transform
-    base = transform or ImageTransform()
-    source = f"{base.source}, changed by the user" if transform else "asked for by the user"
-    return base.model_copy(update={**wanted, "source": source})
+    stated = transform.source
+    source = f"{stated}, changed by the user" if stated else "asked for by the user"
+    return transform.model_copy(update={**wanted, "source": source})
 
 
 def _refusal(value: Any) -> str:

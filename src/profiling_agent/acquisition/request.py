@@ -12,10 +12,10 @@ from torch import nn
 from profiling_agent.acquisition.demo import DEMO_REFERENCE, is_demo
 from profiling_agent.acquisition.factories import split_reference
 from profiling_agent.acquisition.hubs.found import is_hub, local_folder
-from profiling_agent.errors import BudgetError, DataError, ModelError
+from profiling_agent.acquisition.metrics import load_metric, name_of, unit_of
+from profiling_agent.errors import DataError, ModelError
 from profiling_agent.records.workload import Overrides, WorkloadSource
 
-BUILT_IN_METRICS = ("accuracy", "agreement")
 LIVE_METRIC = "a live function"
 RANDOM_WEIGHTS = "random"
 NO_OVERRIDES = Overrides()
@@ -53,9 +53,7 @@ class Request:
     @property
     def unit(self) -> str:
         """The unit of what may be lost: points, or that of the user's own metric, if it has one."""
-        if self.metric in BUILT_IN_METRICS:
-            return "points"
-        return str(getattr(self.metric, "unit", ""))
+        return unit_of(self.metric)
 
     def source(self) -> WorkloadSource:
         """References with absolute paths, so that a process elsewhere finds the same.
@@ -78,6 +76,8 @@ class Request:
             classes=_path(self.classes),
             answers=self.answers,
             metric=_metric(self.metric),
+            metric_name=name_of(self.metric),
+            unit=unit_of(self.metric),
             higher_is_better=self.higher_is_better,
             overrides=self.overrides,
             max_length=self.max_length,
@@ -95,17 +95,11 @@ def is_live_data(given: object | None) -> bool:
 
 
 def _metric(metric: str | Callable[..., Any]) -> str:
+    load_metric(metric)
     if not isinstance(metric, str):
         return LIVE_METRIC
-    if metric in BUILT_IN_METRICS:
-        return metric
     place = split_reference(metric)
-    if place is None:
-        raise BudgetError(
-            f"There is no metric {metric!r}; pass accuracy, agreement, or a function of your own "
-            "as 'path/file.py:function'."
-        )
-    return f"{place[0]}:{place[1]}"
+    return metric if place is None else f"{place[0]}:{place[1]}"
 
 
 def _path(given: str | None) -> str | None:

@@ -160,17 +160,27 @@ def stage(
     rng = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
     labels: list[Any] = []
+    unreadable: list[str] = []
     num_seen = 0
     for raw in source.stream():
         num_seen += 1
         row = len(labels) if len(labels) < max_samples else int(rng.integers(num_seen))
         if row >= max_samples:
             continue
-        sample = reader.read(raw)
+        try:
+            sample = reader.read(raw)
+        except UnreadableSample as error:
+            num_seen -= 1
+            unreadable.append(str(error))
+            continue
         if not arrays:
             arrays = _create(folder, sample, max_samples)
         _store(arrays, row, sample, num_seen - 1)
         labels[row : row + 1] = [sample.label]
+    if unreadable:
+        source.notes.append(
+            f"{len(unreadable)} samples can't be read and are left out (the first: {unreadable[0]})"
+        )
     if num_seen > len(labels):
         source.notes.append(f"{num_seen} samples were thinned at random to {len(labels)}")
 

@@ -47,7 +47,7 @@ class Split:
 class Workload:
     """Live model and data; ``model`` is in eval mode, float32, on the CPU.
 
-    >>> workload = acquire("demo:vit", None, folder=Path("data"))
+    >>> workload = acquire(Request(model="demo:vit"), folder=Path("data"))
     >>> compute_logits(workload.model, workload.example(2)).shape
     torch.Size([2, 10])
     """
@@ -100,7 +100,8 @@ def compute_output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     Raises ``ModelError`` for several tensors: which of them the metric means nobody can tell.
     """
     output = _call(model, inputs)
-    if not isinstance(output, Tensor) and not hasattr(output, "logits"):
+    has_logits = hasattr(output, "logits") or (isinstance(output, Mapping) and "logits" in output)
+    if not isinstance(output, Tensor) and not has_logits:
         raise ModelError(
             f"The model's forward returns {type(output).__name__!r}, and a metric of your own gets "
             "one tensor (batch, ...); wrap the model in a factory that joins its outputs into one."

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from profiling_agent.acquisition.factories import import_object, split_reference
-from profiling_agent.acquisition.request import BUILT_IN_METRICS
 from profiling_agent.errors import BudgetError, DataError, TrialError
 from profiling_agent.evaluation.statistics import (
     Drop,
@@ -24,12 +22,15 @@ from profiling_agent.evaluation.statistics import (
     mean_interval,
     paired_drop,
 )
+from profiling_agent.machine.clock import now
 from profiling_agent.records.common import Interval
 from profiling_agent.records.evaluation import Accuracy
 from profiling_agent.records.workload import SplitName, Task
 
 NUM_SHUFFLES = 20
-NUM_RESAMPLES = 400
+MIN_RESAMPLES, MAX_RESAMPLES = 100, 400
+RESAMPLING_S = 10.0
+"""About what one bootstrap may take: a slow metric gets fewer resamples."""
 SEED = 0
 
 
@@ -67,6 +68,17 @@ class Judge(ABC):
     ) -> Accuracy:
         """The metric of answers, and what was lost against the original's when that is given."""
         drop = None if original is None else self.drop(ours, labels, original, level=level)
+        return self.accuracy(split, ours, labels, original, drop)
+
+    def accuracy(
+        self,
+        split: SplitName,
+        ours: np.ndarray,
+        labels: np.ndarray | None,
+        original: np.ndarray | None,
+        drop: Drop | None,
+    ) -> Accuracy:
+        """The record of a drop that was worked out already."""
         return Accuracy(
             split=split,
             num_samples=len(ours),
@@ -182,8 +194,10 @@ class Custom(Judge):
         level: float = 0.95,
         confidence: float = 0.95,
     ) -> Drop:
+        start = now()
         before = self._sign * self._scores(original, labels)
         after = self._sign * self._scores(ours, labels)
+        seconds = now() - start
         if before.ndim == 1 and after.ndim == 1:
             span = float(max(before.max(), after.max()) - min(before.min(), after.min()))
             return paired_drop(before, after, span=span, level=level, confidence=confidence)
@@ -202,7 +216,7 @@ class Custom(Judge):
             float(before - after),
             lost,
             len(ours),
-            num_resamples=NUM_RESAMPLES,
+            num_resamples=_resamples(seconds),
             seed=SEED,
             level=level,
             confidence=confidence,
@@ -226,6 +240,7 @@ class Custom(Judge):
             )
 
     def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
+        start = now()
         scores = self._scores(ours, labels)
         if scores.ndim == 1:
             return mean_interval(scores)
@@ -233,7 +248,7 @@ class Custom(Judge):
             float(scores),
             lambda rows: float(self._scores(ours[rows], None if labels is None else labels[rows])),
             len(ours),
-            num_resamples=NUM_RESAMPLES,
+            num_resamples=_resamples(now() - start),
             seed=SEED,
         )
         return drop.interval
@@ -259,6 +274,10 @@ class Custom(Judge):
         return scores
 
 
+def _resamples(seconds: float) -> int:
+    return max(MIN_RESAMPLES, min(MAX_RESAMPLES, int(RESAMPLING_S / max(seconds, 1e-9))))
+
+
 def classes(outputs: np.ndarray, task: Task) -> np.ndarray:
     """Predicted classes (samples,) among the task's answers; ``TrialError`` for a wrong shape."""
     if outputs.ndim != 2 or outputs.shape[1] != task.num_classes:
@@ -269,28 +288,6 @@ def classes(outputs: np.ndarray, task: Task) -> np.ndarray:
         return outputs.argmax(axis=1)
     answers = np.asarray(task.answers)
     return answers[outputs[:, answers].argmax(axis=1)]
-
-
-def load_metric(metric: str | Callable[..., Any]) -> Callable[..., Any] | None:
-    """The user's function behind ``path/file.py:function``; None for a metric that is built in.
-
-    ``BudgetError`` when there is none, before any time is spent.
-    """
-    if not isinstance(metric, str):
-        function: Any = metric
-    elif metric in BUILT_IN_METRICS:
-        return None
-    else:
-        place = split_reference(metric)
-        if place is None:
-            raise BudgetError(
-                f"There is no metric {metric!r}; pass accuracy, agreement, or a function of your "
-                "own as 'path/file.py:function'."
-            )
-        function = import_object(*place, BudgetError)
-    if not callable(function):
-        raise BudgetError(f"The metric {metric!r} is no function of (outputs, targets).")
-    return function
 
 
 def find_judge(task: Task, function: Callable[..., Any] | None) -> Judge:

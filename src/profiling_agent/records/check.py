@@ -81,7 +81,7 @@ class Defaults(Record):
     ``splits`` are the samples it will have; estimated, when ``check`` read only a part.
     """
 
-    max_drop: float
+    max_drop: float | None = Field(description="None for a metric of the user's: it must be given")
     unit: str
     time_budget_s: float
     max_trials: int

@@ -63,6 +63,10 @@ class Deployment(Record):
     device: Literal["cpu"] = "cpu"
 
 
+DEFAULT_DROP = 0.5
+"""Points that may be lost when nobody says."""
+
+
 class Budget(Record):
     """What may be lost, what is wanted, what may be spent."""
 

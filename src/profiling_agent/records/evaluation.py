@@ -14,13 +14,14 @@ from profiling_agent.records.workload import SplitName
 class Accuracy(Record):
     """The metric on one split, at the deployment's batch size and threads.
 
-    ``drop`` is the paired difference baseline minus artefact on the same samples, in points, and
-    its interval; positive is a loss. ``upper_bound`` is its one-sided 95 % bound.
+    ``drop`` is what was lost against the baseline on the same samples, with its interval, in points
+    or in the metric's own unit; positive is a loss, whichever direction is better. ``upper_bound``
+    is its one-sided 95 % bound.
     """
 
     split: SplitName
     num_samples: int
-    value: float = Field(description="percent of samples right")
+    value: float = Field(description="the metric: percent for accuracy and agreement")
     drop: Interval | None
     upper_bound: float | None
     agreement: float | None = Field(description="share of predictions equal to the baseline's")

@@ -80,6 +80,8 @@ class WorkloadSource(Record):
         default="all", description="whether a prediction may be any class or one of those present"
     )
     metric: str = Field(default="accuracy", description="accuracy, agreement or a file's function")
+    metric_name: str = "accuracy"
+    unit: str = "points"
     higher_is_better: bool = True
     overrides: Overrides = Overrides()
     max_length: int | None = Field(default=None, description="tokens of a text at most")
@@ -133,6 +135,9 @@ class WorkloadRecord(Record):
     preprocessing: Preprocessing
     task: Task
     splits: tuple[SplitInfo, ...]
+    num_available: int | None = Field(
+        default=None, description="samples the data have; more than the splits when thinned"
+    )
     reading: Reading | None = None
     notes: tuple[str, ...] = ()
 

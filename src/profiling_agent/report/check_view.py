@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiling_agent.records.check import CheckedSample, CheckRecord, Finding, Level
+from profiling_agent.records.check import CheckedSample, CheckRecord, Defaults, Finding, Level
 from profiling_agent.records.workload import Preprocessing, Task
 from profiling_agent.report.wording import (
     DASH,
@@ -177,7 +177,7 @@ def _defaults(record: CheckRecord) -> str:
     defaults = record.defaults
     splits = ", ".join(f"{name} {count:,}" for name, count in defaults.splits.items())
     lines = [
-        f"max drop {defaults.max_drop:g} {printable(defaults.unit)}".strip()
+        _drop_in_words(defaults)
         + f", {in_seconds(defaults.time_budget_s)}, {defaults.max_trials} trials, "
         f"batch size {defaults.deployment.batch_size}, threads {defaults.deployment.threads}",
         f"runtimes {', '.join(printable(each) for each in defaults.runtimes)}",
@@ -294,3 +294,9 @@ def _write(
             words = words[:-1]
         words = f"{words}..."
     draw.text(place, words, fill=colour, font=font)
+
+
+def _drop_in_words(defaults: Defaults) -> str:
+    if defaults.max_drop is None:
+        return "max drop as --max-drop says (it has no default for your metric)"
+    return f"max drop {defaults.max_drop:g} {printable(defaults.unit)}"

@@ -107,15 +107,19 @@ def below(text: str) -> str:
 
 def _table(titles: Sequence[str], rows: Iterable[str], num_words: int = 1) -> str:
     """The first ``num_words`` columns hold words, the others numbers."""
-    heads = "".join(
-        f"<th>{escape(title)}</th>" if i < num_words else f'<th class="number">{escape(title)}</th>'
-        for i, title in enumerate(titles)
-    )
+    heads = "".join(_head(title, i >= num_words) for i, title in enumerate(titles))
     body = "\n".join(rows)
     return (
         f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n'
         "</tbody></table></div>\n"
     )
+
+
+def _head(title: str, is_number: bool) -> str:
+    """A second line of a title stands smaller under the first."""
+    name, _, under = title.partition("\n")
+    kind = ' class="number"' if is_number else ""
+    return f"<th{kind}>{escape(name)}{below(under)}</th>"
 
 
 def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
@@ -173,8 +177,7 @@ def _headline(record: RunRecord) -> str:
 
 
 def _metric_title(task: Task) -> str:
-    better = lower_is_better(task)
-    return f"{metric_name(task)} ({better})" if better else metric_name(task)
+    return "\n".join(filter(None, (metric_name(task), lower_is_better(task))))
 
 
 def _headline_row(row: HeadlineRow, unit: str) -> str:
@@ -319,8 +322,8 @@ def _groups(record: RunRecord, profile: Profile) -> str:
     rows = (_group_row(group, ratios, widths.get(group.id)) for group in profile.groups)
     return (
         "<h2>Groups and how sensitive they are</h2>\n"
-        f"<p>Layers of a group can only be pruned together. {name}: {meaning} when this group "
-        "alone loses that share of its units, after repair.</p>\n"
+        f"<p>Layers of a group can only be pruned together. The {name}: {meaning} when this "
+        "group alone loses that share of its units, after repair.</p>\n"
         f"{_table(titles, rows)}"
     )
 

@@ -112,6 +112,9 @@ def _add_named_inputs(
     groups: dict[str, dict[str, np.ndarray]], others: dict[str, np.ndarray]
 ) -> None:
     """Without an ``x``, arrays as long as the labels are inputs by their own names."""
+    if not groups and len(others) > 1 and len({len(v) for v in others.values() if v.ndim}) == 1:
+        groups["all"] = {key: v for key, v in others.items() if v.ndim}  # inputs without labels
+        return
     plain = groups.get("all")
     if plain is None or "x" in plain or "y" not in plain:
         return
