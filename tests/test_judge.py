@@ -137,6 +137,12 @@ class TestOneScoreForAll:
         assert judge.drop(worse, targets, original) == drop
         assert judge.interval(original, targets).low < correlation(original, targets)
 
+    def test_resamples_all_alike_prove_nothing(self) -> None:
+        original, targets = regression()
+        drop = judge_of(lambda outputs, targets: 1.0).drop(original, targets, original)
+        assert drop.interval.estimate == 0.0
+        assert drop.upper_bound is None and drop.samples_to_prove(0.1) is None
+
     def test_more_samples_narrow_it(self) -> None:
         judge, widths = judge_of(correlation), []
         for num in (100, 1600):

@@ -16,11 +16,13 @@ from profiling_agent.records.common import Interval
 class Drop:
     """What was lost, with its two-sided interval and the one-sided bound at ``level``.
 
+    The bound is None where the samples can't tell one: resamples that are all alike say nothing of
+    what is rare.
     ``deviation`` is that of one sample's contribution, from which the intervals are made.
     """
 
     interval: Interval
-    upper_bound: float
+    upper_bound: float | None
     deviation: float
     level: float
 
@@ -30,7 +32,7 @@ class Drop:
         ``None`` when no number would: the estimate itself is not below the budget.
         """
         gap = budget - self.interval.estimate
-        if gap <= 0:
+        if gap <= 0 or self.upper_bound is None:
             return None
         return max(1, math.ceil((NormalDist().inv_cdf(self.level) * self.deviation / gap) ** 2))
 
@@ -106,7 +108,7 @@ def bootstrap_drop(
             confidence=confidence,
             num_samples=num_samples,
         ),
-        upper_bound=float(2 * estimate - np.quantile(values, 1 - level)),
+        upper_bound=float(2 * estimate - np.quantile(values, 1 - level)) if values.std() else None,
         deviation=float(values.std()) * math.sqrt(num_samples),
         level=level,
     )
