@@ -44,7 +44,9 @@ def sure_gain(stated: np.ndarray, other: np.ndarray, level: float = LEVEL) -> fl
 
     Both boolean (samples,), of the same samples.
     """
-    return -paired_drop(100.0 * stated, 100.0 * other, span=100.0, level=level).upper_bound
+    bound = paired_drop(100.0 * stated, 100.0 * other, span=100.0, level=level).upper_bound
+    assert bound is not None  # only a bootstrap has none
+    return -bound
 
 
 def percent(right: np.ndarray) -> float:
