@@ -140,7 +140,7 @@ def summarise(name: str, record: dict[str, Any], out: Path) -> dict[str, Any]:
         }
         for t in record["trials"]
     ]
-    served = None if final is None else served_accuracy(out)
+    served = None if final is None else ask_artefact(out)
     reported = None if final is None else final["accuracy"][-1]["value"]
     return {
         "workload": name,
@@ -149,6 +149,7 @@ def summarise(name: str, record: dict[str, Any], out: Path) -> dict[str, Any]:
         "handed_over": final,
         "served_accuracy": served,
         "served_equals_reported": None if served is None else served == reported,
+        "data": None if final is None else data_rate(record, out),
         "trials": trials,
         "machine": record["machine"],
     }
@@ -164,9 +165,23 @@ def _drop(evaluation: Any) -> Any:
     return None if evaluation is None else _path(evaluation["accuracy"][0], "drop", "estimate")
 
 
-def served_accuracy(out: Path) -> float:
+def data_rate(record: dict[str, Any], out: Path) -> dict[str, float]:
+    """Samples a second: read and prepared, and the fastest model's that was seen in the run."""
+    read = record["workload"]["reading"]["samples_per_s"]
+    prepared = ask_artefact(out, "prepare")
+    seen = [t["evaluation"]["throughput_per_s"] for t in record["trials"] if t["evaluation"]]
+    together = 1.0 / (1.0 / read + 1.0 / prepared)
+    return {
+        "read_per_s": read,
+        "prepared_per_s": prepared,
+        "fastest_model_per_s": max(seen),
+        "ratio": together / max(seen),
+    }
+
+
+def ask_artefact(out: Path, *what: str) -> float:
     done = subprocess.run(
-        [sys.executable, "-I", str(HERE / "serve_check.py"), str(out)],
+        [sys.executable, "-I", str(HERE / "serve_check.py"), str(out), *what],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     return float(done.stdout)
@@ -187,6 +202,8 @@ def show(row: dict[str, Any]) -> str:
         parts.append(f"drop {verdict['drop']['estimate']:.2f} ({verdict['evidence']})")
         parts.append(f"size {verdict['size_ratio']:.3f}")
         parts.append(f"served as reported: {row['served_equals_reported']}")
+    if row.get("data"):
+        parts.append(f"data {row['data']['ratio']:.1f} times the fastest model's rate")
     return ", ".join(parts)
 
 
