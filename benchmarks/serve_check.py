@@ -43,7 +43,8 @@ def main() -> None:
     sys.path.insert(0, str(run / "artefact"))
     import serve
 
-    deployment = record["settings"]["deployment"]
+    task, deployment = record["workload"]["task"], record["settings"]["deployment"]
+    answers = np.array(task["answers"] or range(task["num_classes"]))
     model = serve.Model(run / "artefact", threads=deployment["threads"])
     size, right = deployment["batch_size"], 0
     if "prepare" in sys.argv[2:]:
@@ -52,7 +53,7 @@ def main() -> None:
     for start in range(0, len(labels), size):
         rows = slice(start, start + size)
         logits = model.logits({name: np.asarray(array[rows]) for name, array in inputs.items()})
-        right += int((logits.argmax(axis=1) == labels[rows]).sum())
+        right += int((answers[logits[:, answers].argmax(axis=1)] == labels[rows]).sum())
     print(repr(100.0 * (right / len(labels))))
 
 

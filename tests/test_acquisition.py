@@ -534,9 +534,11 @@ class TestSplits:
             get(Vector(), data, tmp_path, test_data=data)
 
     def test_duplicates_are_counted(self, tmp_path: Path) -> None:
-        workload = get(Vector(), vectors(100), tmp_path, test_data=vectors(100))
-        note = next(note for note in workload.record.notes if "duplicates" in note)
-        assert note.startswith("85 test samples")
+        with pytest.raises(DataError, match="85 of 100 test samples are search samples too"):
+            get(Vector(), vectors(100), tmp_path, test_data=vectors(100))
+        x, y = vectors(100)
+        workload = get(Vector(), (np.concatenate([x, x]), np.concatenate([y, y])), tmp_path)
+        assert any("exact duplicates" in note for note in workload.record.notes)
 
     @pytest.mark.parametrize("data", [vectors(200), iter(zip(*vectors(200), strict=True))])
     def test_cap(self, data: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from profiling_agent.acquisition.formats.objects import open_object
 from profiling_agent.acquisition.reading import Reader, settle_length
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.api import load, optimize
+from profiling_agent.api import load, optimize, profile
 from profiling_agent.errors import BudgetError, DataError, ModelError
 from profiling_agent.records.workload import Overrides
 
@@ -102,6 +103,32 @@ class TestImages:
         assert turned.record.preprocessing.image is not None
         one, other = (each.splits["test"].inputs["x"] for each in (plain, turned))
         assert np.array_equal(one, other[..., ::-1])
+
+    def test_a_loader_s_channels_are_reversed_once(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)
+        data = [(image, i % 3) for i, image in enumerate(x)]
+        workload = get(tmp_path / "a", data=iter(data), overrides=Overrides(mode="BGR"))
+        known = {image[..., ::-1].tobytes() for image in x}
+        for split in workload.splits.values():
+            assert all(np.ascontiguousarray(each).tobytes() in known for each in split.inputs["x"])
+
+    def test_flags_that_can_do_nothing_are_refused(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).standard_normal((40, 3, 9, 9), dtype=np.float32)
+        with pytest.raises(DataError, match="--resize can't be applied"):
+            get(tmp_path / "a", data=(x, np.arange(40) % 3), overrides=Overrides(resize=8))
+
+    def test_a_mode_does_not_switch_off_the_search_for_the_size(
+        self, photos: Path, tmp_path: Path
+    ) -> None:
+        photo(12, 31).save(photos / "ape" / "00.png")
+        workload = get(tmp_path / "a", data=photos, overrides=Overrides(mode="BGR"))
+        image = workload.record.preprocessing.image
+        assert image is not None and image.mode == "BGR" and image.crop is not None
+
+    def test_test_data_that_are_search_data_are_refused(self, photos: Path, tmp_path: Path) -> None:
+        shutil.copytree(photos, tmp_path / "copy")
+        with pytest.raises(DataError, match="search samples too"):
+            get(tmp_path / "a", data=photos, test_data=tmp_path / "copy")
 
     def test_a_few_damaged_files_are_left_out_and_many_are_refused(
         self, photos: Path, tmp_path: Path
@@ -201,6 +228,33 @@ class TestOtherMetrics:
         ragged = [(image, box[: 1 + i % 2]) for i, (image, box) in enumerate(data)]
         with pytest.raises(DataError, match="pad them to one"):
             get(tmp_path / "b", data=ragged, metric=lambda o, t: np.zeros(len(o)))
+
+    def test_a_regression_of_one_axis_can_be_profiled(self, tmp_path: Path) -> None:
+        class Regressor(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x)[:, 0]
+
+        x = np.random.default_rng(0).standard_normal((60, 3, 9, 9), dtype=np.float32)
+        data = [(each, float(each.mean())) for each in x]
+        known = profile(Regressor(), data, metric=lambda o, t: np.abs(o - t), seconds=8.0)
+        assert known.groups and all(group.sensitivity for group in known.groups)
+
+    def test_integers_of_several_kinds_find_their_types(self, tmp_path: Path) -> None:
+        class Mixed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding, self.head = nn.Embedding(9, 3), nn.Linear(2, 3)
+
+            def forward(self, ids: Tensor, numbers: Tensor) -> Tensor:
+                return self.embedding(ids).mean(1) + self.head(numbers)
+
+        rng = np.random.default_rng(0)
+        data = [
+            ({"ids": rng.integers(0, 9, 5), "numbers": rng.integers(0, 9, 2)}, i % 3)
+            for i in range(60)
+        ]
+        inputs = get(tmp_path / "a", model=Mixed(), data=data).record.inputs
+        assert [spec.dtype for spec in inputs] == ["int64", "float32"]
 
     def test_several_outputs_are_refused_in_one_sentence(self, tmp_path: Path) -> None:
         class Pair(Net):

@@ -240,7 +240,6 @@ def test_a_profile_takes_at_most_thirty_forwards(tmp_path: Path) -> None:
     for module in timed:
         assert module.self_time.num_passes == module.total.num_passes == 10
         assert module.total.low_ms <= module.total.median_ms <= module.total.high_ms
-    assert architectures.steady_share(profile, profile) == 1.0
 
 
 class Threaded(nn.Module):

@@ -135,7 +135,7 @@ class TestWholeWorkloads:
     def test_bgr_for_rgb(self) -> None:
         images, labels = make_images(900)
         finding = found(look(images[..., ::-1].copy(), labels), "preprocessing")
-        assert "BGR" in finding.text and "Reverse the channels" in finding.next_step
+        assert "BGR" in finding.text and "--mode BGR" in finding.next_step
 
     @pytest.mark.parametrize(("by", "words"), [(1, "one too high"), (-1, "one too low")])
     def test_labels_shifted_by_one(self, by: int, words: str) -> None:

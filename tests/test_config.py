@@ -168,7 +168,15 @@ class TestCommandLine:
 
     def call(self, *arguments: str) -> str:
         done = CliRunner().invoke(small_app(), list(arguments), catch_exceptions=False)
-        return done.output.strip()
+        self.said = done.stderr.strip()
+        return done.stdout.strip() or self.said
+
+    def test_code_from_outside_is_not_granted_by_a_file_that_is_found(self) -> None:
+        Path(CONFIG_FILE).write_text("model = 'hf:a'\n[check]\ntrust-remote-code = true\n")
+        known = {"check": {"model", "trust_remote_code"}}
+        assert load_config(Path(CONFIG_FILE), known)["check"]["trust_remote_code"] is True
+        with pytest.raises(BudgetError, match="name the file with --config"):
+            cli.app(["check"], standalone_mode=False)
 
     def test_without_a_file_nothing_changes(self) -> None:
         assert self.call("optimize", "m") == "m None 0.5 12 latency True False result"
@@ -180,6 +188,7 @@ class TestCommandLine:
             "[optimize]\nmax-drop = 2\nobjective = 'size'\njson = true\nout = 'runs'\n"
         )
         assert self.call("optimize") == "m.py:f photos 2.0 3 size False True runs"
+        assert self.said == f"settings from {CONFIG_FILE}"
 
     def test_the_command_line_wins(self) -> None:
         Path(CONFIG_FILE).write_text("model = 'm.py:f'\nmax-drop = 2\nhigher = false\n")

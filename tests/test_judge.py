@@ -78,7 +78,14 @@ class TestAgreement:
         mine = AGREEMENT.score("test", np.array([0, 1, 2, 0, 2]), None, original)
         assert mine.value == pytest.approx(80.0)
         assert mine.drop is not None and mine.drop.estimate == pytest.approx(20.0)
-        AGREEMENT.refuse_broken(np.zeros(50, dtype=int), None)
+        AGREEMENT.refuse_broken(original, None)
+
+    def test_a_model_that_always_says_the_same_is_no_measure(self) -> None:
+        with pytest.raises(DataError, match="class 2 for all 50 samples"):
+            AGREEMENT.refuse_broken(np.full(50, 2), None)
+        doubt = AGREEMENT.doubt(np.array([1] * 19 + [0]))
+        assert doubt is not None and "95.0%" in doubt
+        assert AGREEMENT.doubt(np.arange(20) % 3) is None
 
 
 class TestScoresOfEachSample:
@@ -102,13 +109,31 @@ class TestScoresOfEachSample:
             mine = (targets + 0.2 + 0.05 * rng.standard_normal(100))[:, None]
             drop = judge.drop(mine, targets, original).interval
             covered += drop.low <= 0.0 <= drop.high
-        assert covered >= 376  # 94 %
+        assert 376 <= covered <= 399  # 94 % at least, and not by being boundless
 
     def test_equal_scores_are_no_proof_without_samples(self) -> None:
         original, targets = regression(num=20)
         drop = judge_of(closeness).drop(original, targets, original)
         assert drop.interval.estimate == 0.0
         assert drop.upper_bound > 0.0
+
+    def test_scores_that_never_differ_prove_nothing(self) -> None:
+        same = judge_of(lambda outputs, targets: np.full(len(outputs), 0.7))
+        original, targets = regression(num=20)
+        assert same.drop(original, targets, original).upper_bound is None
+        right = judge_of(lambda outputs, targets: np.ones(len(outputs), dtype=bool))
+        bound = right.drop(original, targets, original).upper_bound
+        assert bound is not None and bound > 0.05  # 20 samples all right are no proof of 5 %
+
+    def test_the_range_of_scores_can_be_stated(self) -> None:
+        def wide(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+            return closeness(outputs, targets)
+
+        original, targets = regression(num=50)
+        narrow = judge_of(wide).drop(original, targets, original).upper_bound
+        vars(wide)["range"] = (-10.0, 10.0)
+        stated = judge_of(wide).drop(original, targets, original).upper_bound
+        assert narrow is not None and stated is not None and stated > narrow
 
     def test_shuffled_targets_tell_a_broken_model(self) -> None:
         outputs, targets = regression()
@@ -133,9 +158,26 @@ class TestOneScoreForAll:
         judge = judge_of(correlation)
         drop = judge.drop(worse, targets, original)
         assert 0.0 < drop.interval.low < drop.interval.estimate < drop.interval.high
+        assert drop.upper_bound is not None
         assert drop.interval.estimate < drop.upper_bound < drop.interval.high
         assert judge.drop(worse, targets, original) == drop
         assert judge.interval(original, targets).low < correlation(original, targets)
+
+    def test_resamples_without_a_value_are_left_out(self) -> None:
+        original, _ = regression(200)
+        rare = np.where(np.arange(200) == 0, 1.0, 0.0)
+
+        def only_with_the_rare(outputs: np.ndarray, targets: np.ndarray) -> float:
+            return float(outputs.mean()) if targets.max() else float("nan")
+
+        drop = judge_of(only_with_the_rare).drop(original - 0.1, rare, original)
+        assert drop.interval.estimate == pytest.approx(0.1, abs=1e-6)
+
+        def only_all(outputs: np.ndarray, targets: np.ndarray) -> float:
+            return 1.0 if len(np.unique(targets)) == 200 else float("nan")
+
+        with pytest.raises(BudgetError, match="undefined in 300 of 300 resamples"):
+            judge_of(only_all).drop(original, np.arange(200), original)
 
     def test_resamples_all_alike_prove_nothing(self) -> None:
         original, targets = regression()

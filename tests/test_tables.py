@@ -310,7 +310,7 @@ def test_missing_values_are_unreadable_samples(arrow: Any, tmp_path: Path) -> No
         ("a.tsv", "one\ttwo\t0\nthree\tfour\t1\n", [("one", "two"), ("three", "four")], [0, 1]),
         ("a.tsv", "premise\thypothesis\tlabel\np\th\t0\n", [("p", "h")], [0]),
         ("a.tsv", 'text\tlabel\n"a\nb"\t1\nc\t0\n', ["a\nb", "c"], [1, 0]),
-        ("a.csv", "words\nhello\n", None, None),
+        ("a.csv", "words\nhello\n", ["hello"], [None]),
         ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"label": "w", "text": "b"}\n',
          ["a", "b"], [1, 0]),
     ],
@@ -319,8 +319,7 @@ def test_text_files(tmp_path: Path, name: str, text: str, inputs: Any, labels: A
     path = tmp_path / name
     path.write_text(text, encoding="utf-8", newline="")
     source = open_table(path).parts["all"]
-    if inputs is not None:
-        assert inputs_of(source) == inputs and labels_of(source) == labels
+    assert inputs_of(source) == inputs and labels_of(source) == labels
 
 
 def test_text_files_of_arrays_and_paths(tmp_path: Path) -> None:
@@ -349,7 +348,7 @@ def test_text_files_of_arrays_and_paths(tmp_path: Path) -> None:
         ("a.csv", b"text,label\n", "no rows"),
         ("a.csv", b'text,label\n"a,1\n', "can't be read"),
         ("a.csv", b"\xff\xfe\x00", "UTF-8"),
-        ("a.csv", b"a,b,c,d\nw,x,y,z\n", "no header"),
+        ("a.tsv", b"a\tb\tc\td\nw\tx\ty\tz\n", "no header"),
         ("a.csv", b"height,width,label\n1.5,2,0\n", "name one 'text'"),
         ("a.jsonl", b'{"text": "a"}\n{', "Line 2"),
         ("a.jsonl", b"[1]\n", "no JSON object"),

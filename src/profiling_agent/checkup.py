@@ -21,6 +21,7 @@ from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.preprocess import preprocess
 from profiling_agent.acquisition.request import Request
+from profiling_agent.acquisition.splits import thinned
 from profiling_agent.acquisition.workload import Split, Workload, compute_logits
 from profiling_agent.deployment.runtimes import INSTALL_LINES, RUNTIMES
 from profiling_agent.errors import DataError, StorageError
@@ -33,6 +34,7 @@ from profiling_agent.evaluation.suspicions import (
     commonest_share,
     find_chance,
     find_constant,
+    find_doubtful,
     find_few,
     find_floats,
     find_mixed,
@@ -40,6 +42,7 @@ from profiling_agent.evaluation.suspicions import (
     find_order,
     find_preprocessing,
     find_random,
+    find_refused,
     find_shift,
     find_slow_data,
     find_subset,
@@ -110,6 +113,7 @@ def check(
             seed=seed,
             max_samples=MAX_SAMPLES,
             max_unreadable=1.0,
+            reads_all=False,
         )
         checkup = _Checkup(request, workload, deployment, seed, deadline=now() + seconds)
         checkup.walk()
@@ -221,6 +225,7 @@ class _Checkup:
             self._skip("metric", "the original agrees with itself; artefacts will be compared")
         else:
             self.value = self.judge.interval(answers, labels)
+        self._look_for_refusal(answers, labels)
         if self.task.metric == "accuracy" and labels is not None:
             self._judge_classes(outputs, answers, labels)
             return
@@ -228,6 +233,18 @@ class _Checkup:
             self._add(find_constant(classes(outputs, self.task), None, self.task.class_names))
         for what in ("labels", "preprocessing"):
             self._skip(what, f"the metric is {self.task.metric!r}, and only accuracy tells")
+
+    def _look_for_refusal(self, answers: np.ndarray, labels: np.ndarray | None) -> None:
+        """What ``optimize`` would refuse; accuracy at chance has findings of its own."""
+        doubt = self.judge.doubt(answers)
+        try:
+            if self.task.metric != "accuracy":
+                self.judge.refuse_broken(answers, labels)
+        except DataError as error:
+            self.findings.append(find_refused(str(error)))
+            return
+        if doubt is not None:
+            self.findings.append(find_doubtful(doubt))
 
     def _judge_classes(self, outputs: np.ndarray, answers: np.ndarray, labels: np.ndarray) -> None:
         count, names = outputs.shape[1], self.task.class_names
@@ -479,14 +496,8 @@ def as_picture(raw: np.ndarray, preprocessing: Preprocessing) -> np.ndarray | No
 
 
 def whole_splits(record: WorkloadRecord) -> dict[SplitName, int]:
-    """Samples that ``optimize`` will have in each split: of the whole data, at most 20,000.
-
-    Damaged samples are taken to be as frequent everywhere.
-    """
-    total = sum(split.num_samples for split in record.splits)
-    whole = record.num_available or total
-    ratio = min(whole, MAX_SAMPLES_OF_A_RUN) / max(1, total) if whole > total else 1.0
-    return {split.name: round(split.num_samples * ratio) for split in record.splits}
+    """Samples that ``optimize`` will have in each split, damaged ones aside."""
+    return thinned(record.available, MAX_SAMPLES_OF_A_RUN)
 
 
 def describe_defaults(record: WorkloadRecord, deployment: Deployment) -> Defaults:

@@ -79,7 +79,6 @@ Threads = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="seed of splits and search")]
 Json = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
-MaxDrop = Annotated[float, typer.Option(help="what may be lost, in the metric's unit")]
 TimeBudget = Annotated[str, typer.Option(help="such as 90s, 15m, 2h")]
 
 
@@ -326,7 +325,9 @@ def plan(
         Path | None, typer.Option(help="a run folder, whose trials the planner learns from")
     ] = None,
     planner: Annotated[str, typer.Option(help="solver, uniform, random or greedy")] = "solver",
-    max_drop: MaxDrop = 0.5,
+    max_drop: Annotated[
+        float | None, typer.Option(help="what may be lost [the run's, else 0.5 points]")
+    ] = None,
     objective: Annotated[Objective, typer.Option(help="what to improve")] = Objective.latency,
     batch_size: BatchSize = 1,
     threads: Threads = None,
@@ -335,16 +336,19 @@ def plan(
 ) -> None:
     """Propose the next plan from a profile (and the trials of a run), and print it."""
     from profiling_agent import stages
-    from profiling_agent.records.common import Budget
+    from profiling_agent.records.common import DEFAULT_DROP, Budget
     from profiling_agent.records.profile import Profile
     from profiling_agent.records.store import write_text
 
     history = stages.read_run(run) if run is not None else None
-    unit = history.settings.budget.unit if history is not None else "points"
+    asked = history.settings.budget if history is not None else Budget(max_drop=DEFAULT_DROP)
+    max_drop = asked.max_drop if max_drop is None else max_drop
     proposal = stages.propose(
         Profile.read(profile),
         planner=planner,
-        budget=_record(lambda: Budget(max_drop=max_drop, unit=unit, objective=objective.value)),
+        budget=_record(
+            lambda: Budget(max_drop=max_drop, unit=asked.unit, objective=objective.value)
+        ),
         deployment=_deployment(batch_size, threads),
         history=history.trials if history is not None else (),
         seed=seed,

@@ -7,6 +7,7 @@ command line wins over a table, a table over the top level.
 from __future__ import annotations
 
 import difflib
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,5 +186,13 @@ def use_config(context: Any, given: Path | None) -> Path | None:
     path = find_config(given)
     if path is not None and not context.resilient_parsing:
         known = flags_of(context.find_root().command)
-        context.default_map = load_config(path, known)[context.info_name]
+        values = load_config(path, known)[context.info_name]
+        if given is None and values.pop("trust_remote_code", None):
+            raise BudgetError(
+                f"{str(path)!r} asks for trust-remote-code, which a file that is merely found "
+                "can't grant; pass --trust-remote-code, or name the file with --config."
+            )
+        if values:
+            print(f"settings from {path}", file=sys.stderr)
+        context.default_map = values
     return path

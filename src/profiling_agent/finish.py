@@ -13,7 +13,7 @@ import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import check_artefact
-from profiling_agent.errors import ArtefactError, ModelError, StorageError, TrialError
+from profiling_agent.errors import ArtefactError, BudgetError, ModelError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import FINAL, Protocol, Race, race
 from profiling_agent.evaluation.predictor import Predictor
@@ -97,16 +97,20 @@ class Finish:
 
     def walk(self) -> None:
         candidates = self._candidates()
-        self.level = proof_level(len(candidates))
+        level = proof_level(len(candidates))
         self.progress.stage("test split", "the original")
-        self.original = self._original()
+        try:
+            self.original = self._original()
+        except BudgetError as error:
+            self._end_without_test(error)
+            return
         baseline = self.state.baseline
         assert baseline is not None
         control = self._control()
         tested: list[Final] = []
         verdict: Verdict | None = None
         for candidate in candidates:
-            final = self._look(self._trial(candidate.trial_id))
+            final = self._look(self._trial(candidate.trial_id), level)
             if final is None:
                 continue
             if within_budget(final, self.budget):
@@ -120,6 +124,15 @@ class Finish:
                 _, control = self._race(control, None)
             verdict = conclude(tested, control, baseline, self.budget, self.state.trials)
         self._hand_over(verdict)
+
+    def _end_without_test(self, error: BudgetError) -> None:
+        """The metric fails on the original's own test answers: nothing can be accepted."""
+        baseline = self.state.baseline
+        assert baseline is not None
+        verdict = conclude([], None, baseline, self.budget, self.state.trials)
+        reason = f"The test split can't be judged, so the original stays: {error}"
+        step = "Mend the metric, and start again with another --out."
+        self._hand_over(verdict.model_copy(update={"reason": reason, "next_step": step}))
 
     def _candidates(self) -> list[Candidate]:
         if self.state.candidates is None:
@@ -153,31 +166,36 @@ class Finish:
 
     def _control(self) -> Final | None:
         """The best control that is within the budget on the test split too."""
-        for trial in ranked_controls(self.state.trials, self.budget):
-            final = self._look(trial)
+        ranked = ranked_controls(self.state.trials, self.budget)
+        level = proof_level(max(len(ranked), len(self.state.candidates or ())))
+        for trial in ranked:
+            final = self._look(trial, level)
             if final is not None and within_budget(final, self.budget):
                 return final
         return None
 
-    def _look(self, trial: Trial) -> Final | None:
-        """A trial's accuracy on the test split; ``None`` when it fails there."""
+    def _look(self, trial: Trial, level: float) -> Final | None:
+        """A trial's accuracy on the test split; ``None`` when it fails there.
+
+        ``level`` is that of its bound, corrected for how many are looked at.
+        """
         known = self.state.final_facts.get(trial.trial_id)
         if known is None:
             self.progress.stage("test split", trial.trial_id)
             try:
                 with quiet(self.progress):
-                    known = self._look_now(trial)
-            except (TrialError, ArtefactError) as error:
+                    known = self._look_now(trial, level)
+            except (TrialError, ArtefactError, BudgetError) as error:
                 self.warn(f"{trial.trial_id} failed on the test split: {error}")
                 return None
             self._keep(trial.trial_id, known)
         return _final_of(trial, known)
 
-    def _look_now(self, trial: Trial) -> dict[str, Any]:
+    def _look_now(self, trial: Trial, level: float) -> dict[str, Any]:
         built, labels = self._built(trial), self.workload.splits["test"].labels
         with contextlib.closing(self._open(trial, built)) as predictor:
             ours = self.judge.answers(predictor.logits(self.store.data / "test"))
-        drop = self.judge.drop(ours, labels, self.original, level=self.level)
+        drop = self.judge.drop(ours, labels, self.original, level=level)
         accuracy = self.judge.accuracy("test", ours, labels, self.original, drop)
         needed = drop.samples_to_prove(self.budget.max_drop)
         evaluation = self._unraced(trial, built, accuracy)

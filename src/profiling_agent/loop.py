@@ -8,6 +8,7 @@ the test split is opened once, after the candidates are journalled.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,10 @@ from profiling_agent.trial import (
 )
 
 PROFILE_SHARE = 0.2
+MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
+"""What a profile takes at least: seconds, and forwards of the original on a sample."""
+MAX_OUTPUT_BYTES = 2e9
+"""Of one split's outputs, which are held in memory."""
 PATIENCE = 5
 """Trials without a better feasible plan after which the search stops."""
 
@@ -153,6 +158,14 @@ def check_task(workload: Workload, settings: RunSettings) -> None:
         raise DataError(
             f"One of the {num_test:,} test samples weighs {100.0 / num_test:.2g} points, more than "
             f"the budget of {budget.max_drop:g}. Give more test data, or allow a larger --max-drop."
+        )
+    task, most = workload.record.task, max(split.num_samples for split in splits.values())
+    num_bytes = 4 * most * math.prod(task.output_shape)
+    if num_bytes > MAX_OUTPUT_BYTES:
+        raise DataError(
+            f"The outputs of {most:,} samples, {task.output_shape} each, would take "
+            f"{num_bytes / 1e9:.0f} GB. Reduce them in the model's factory (to classes, say, or to "
+            "what the metric needs), or give fewer samples."
         )
 
 
@@ -246,6 +259,9 @@ class _Run:
         if self.state.baseline is None or predicted is None:
             predicted = answers_of_original(predictor, self.judge, self.store.data, "search")
             self.judge.refuse_broken(predicted, self.workload.splits["search"].labels)
+            doubt = self.judge.doubt(predicted)
+            if doubt is not None:
+                self._warn(doubt)
             write_array(path, predicted)
             self._measure_baseline(predictor, predicted)
         predictor.pause()
@@ -322,7 +338,8 @@ class _Run:
                 )
                 if plan.plan_id in done:
                     continue
-                if self.state.trials and self.left < self._reserve():
+                longest = max((t.seconds for t in self.state.trials if t.is_control), default=0.0)
+                if self.state.trials and self.left < self._reserve() + longest:
                     self._warn(
                         f"The control {offer.runtime} {scheme} was not measured: the time budget "
                         "is too short."
@@ -351,8 +368,15 @@ class _Run:
             profile = Profile.read(self.store.profile)
             check_fits(profile, self.machine, self.deployment)
             return profile
+        left = self.left - self._reserve()
+        if left < MIN_PROFILE_S + PROFILE_FORWARDS * self._call_s():
+            self._warn(
+                "Nothing was searched: the controls took the time budget. Allow a larger "
+                "--time-budget."
+            )
+            return None
         self.progress.stage("profiling", "costs, groups, sensitivity")
-        seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, self.left - self._reserve()))
+        seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, left))
         try:
             with quiet(self.progress):
                 profile = builder.profile(self.deployment, seconds)

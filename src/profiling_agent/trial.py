@@ -267,10 +267,11 @@ class TrialRunner:
     ) -> Trial:
         self.builder.pause()
         with contextlib.closing(self.open(folder, built.runtime)) as predictor:
-            reason = self._screen(predictor)
-            if reason is not None and not trial.is_control:
+            first = self._screen_answers(predictor)
+            reason = None if trial.is_control else self._collapse(first)
+            if reason is not None:
                 return trial.model_copy(update={"status": "screened", "reason": reason})
-            accuracy = self._search_accuracy(predictor)
+            accuracy = self._search_accuracy(predictor, first)
             times = race(
                 {"baseline": self.baseline.open(), trial.trial_id: predictor},
                 self._data / "calibration",
@@ -282,15 +283,24 @@ class TrialRunner:
             )
         return trial.model_copy(update={"status": "done", "evaluation": evaluation})
 
-    def _screen(self, predictor: Predictor) -> str | None:
-        outputs = predictor.logits(self._data / "search", SCREEN_SAMPLES)
-        ours, labels = self.judge.answers(outputs), self.workload.splits["search"].labels
-        original = self.baseline.search[: len(ours)]
+    def _screen_answers(self, predictor: Predictor) -> np.ndarray:
+        """Answers on the first search samples, whole batches, so that the rest can follow."""
+        size = self.deployment.batch_size
+        stop = -(-SCREEN_SAMPLES // size) * size
+        return self.judge.answers(predictor.logits(self._data / "search", 0, stop))
+
+    def _collapse(self, ours: np.ndarray) -> str | None:
+        labels = self.workload.splits["search"].labels
         some = None if labels is None else np.asarray(labels[: len(ours)])
+        original = self.baseline.search[: len(ours)]
         return collapsed(self.judge, ours, some, original, self._max_drop)
 
-    def _search_accuracy(self, predictor: Predictor) -> Accuracy:
-        ours = self.judge.answers(predictor.logits(self._data / "search"))
+    def _search_accuracy(self, predictor: Predictor, first: np.ndarray) -> Accuracy:
+        """Accuracy on the search split, of which the first answers are known."""
+        ours = first
+        if len(first) < len(self.baseline.search):
+            rest = self.judge.answers(predictor.logits(self._data / "search", len(first)))
+            ours = np.concatenate([first, rest])
         labels = self.workload.splits["search"].labels
         return self.judge.score("search", ours, labels, self.baseline.search)
 

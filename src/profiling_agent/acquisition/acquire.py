@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from profiling_agent.acquisition.assemble import MAX_UNREADABLE, Assembly
+from profiling_agent.acquisition.assemble import MAX_UNREADABLE, Assembly, hash_weights
 from profiling_agent.acquisition.demo import (
     DEMO_DATA,
     DEMO_REFERENCE,
@@ -71,9 +71,12 @@ def acquire(
     seed: int = 0,
     max_samples: int = 20_000,
     max_unreadable: float = MAX_UNREADABLE,
+    reads_all: bool = True,
 ) -> Workload:
     """Build the model, understand the data, write the splits to ``folder``, return all of it.
 
+    Of samples that can't be read ``max_unreadable`` (a share) are left out, more are refused.
+    Without ``reads_all`` a stream is only read as far as ``max_samples``.
     Without data a demo takes its own, and any other model random inputs, good for costs only. A
     live module is copied. A folder made from the same references, files and seed is used again.
     Raises ``ModelError``, ``DataError``, ``StorageError``, ``MissingDependency``.
@@ -96,7 +99,9 @@ def acquire(
         if data is None:
             record, splits = work.without_data()
         else:
-            record, splits = work.with_data(data, request.test_data, max_samples, max_unreadable)
+            record, splits = work.with_data(
+                data, request.test_data, max_samples, max_unreadable, reads_all=reads_all
+            )
         write_text(
             folder / SETTINGS_FILE, wanted.model_copy(update={"record": record.digest()}).to_json()
         )
@@ -185,7 +190,10 @@ def _stamp_folder(folder: Path) -> tuple[int, int]:
     size = newest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            status = os.stat(os.path.join(parent, name))
+            try:
+                status = os.stat(os.path.join(parent, name))
+            except OSError:  # a link to nowhere is told when its sample is read
+                continue
             size, newest = size + status.st_size, max(newest, status.st_mtime_ns)
     return size, newest
 
@@ -199,7 +207,7 @@ def _find(folder: Path, wanted: Acquired, model: nn.Module) -> Workload | None:
         return None
     same = found.model_copy(update={"record": ""}) == wanted
     same = same and found.record == workload.record.digest()
-    same = same and workload.record.num_parameters == sum(p.numel() for p in model.parameters())
+    same = same and workload.record.model_sha256 == hash_weights(model)
     return workload if same else None
 
 

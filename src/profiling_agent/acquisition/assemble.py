@@ -42,6 +42,7 @@ from profiling_agent.acquisition.reading import (
     is_image,
     is_text,
     output_size,
+    read_one,
     settle_length,
     with_overrides,
 )
@@ -74,6 +75,8 @@ NUM_RANDOM = 8
 RANDOM_NOTE = "inputs are random: costs only"
 MAX_UNREADABLE = 0.01
 """Share of the samples that may be unreadable; they are left out, and said."""
+MAX_SHARED = 0.01
+"""Share of the test samples, given by themselves, that may also be search samples."""
 NUM_LOOKED_AT = 8
 TRANSFORM_KEYS = ("mode", "resize", "crop", "interpolation")
 
@@ -90,22 +93,39 @@ class Assembly:
         self.wants_classes = source.metric in BUILT_IN_METRICS
 
     def with_data(
-        self, data: object, test_data: object | None, max_samples: int, max_unreadable: float
+        self,
+        data: object,
+        test_data: object | None,
+        max_samples: int,
+        max_unreadable: float,
+        *,
+        reads_all: bool = True,
     ) -> tuple[WorkloadRecord, dict[SplitName, Split]]:
         bundle = self._open(data, test_data)
         self.notes += bundle.notes
         reader = self._reader(bundle)
         parts = {
-            name: stage(part, self.staging / "streams" / name, max_samples, self.seed, reader)
+            name: stage(
+                part,
+                self.staging / "streams" / name,
+                max_samples,
+                self.seed,
+                reader,
+                reads_all=reads_all,
+            )
             if part.length is None
             else part
             for name, part in bundle.parts.items()
         }
-        shares, decisions = divide(parts, self.seed, max_samples)
+        for part in parts.values():
+            _check_stream(part, max_unreadable)
+        division = divide(parts, self.seed, max_samples)
+        shares = division.shares
         firsts = [
             _first_samples(share, reader, self._label_reader(share.source)) for share in shares
         ]
         _check_alike(shares, firsts)
+        self._check_flags(firsts[0][0], reader)
         stated = self._stated(bundle)
         resolved, names = resolve_from_data(
             self.model.module, firsts[0], stated, wants_classes=self.wants_classes
@@ -121,11 +141,26 @@ class Assembly:
             splits[share.split] = open_split(done.info, self.folder / share.split, ordered)
         resolved = self._with_transform(resolved, reader)
         task = self._task(resolved, bundle, splits)
-        self.notes += [*resolved.notes, *decisions, *_unique_notes(parts), *reader.notes]
-        self.notes += _notes_on_splits(splits, written)
+        self.notes += [*resolved.notes, *division.notes, *_unique_notes(parts), *reader.notes]
+        self.notes += _notes_on_splits(shares, splits, written)
         record = self._record(resolved, splits, task, _reading(shares, written))
-        available = sum(part.length or 0 for part in parts.values())
-        return record.model_copy(update={"num_available": available}), splits
+        return record.model_copy(update={"available": division.available}), splits
+
+    def _check_flags(self, first: Mapping[str, np.ndarray], reader: Reader) -> None:
+        """``DataError`` when the user asked for what can't be done to these data."""
+        asked = [key for key in TRANSFORM_KEYS if getattr(self.source.overrides, key) is not None]
+        if not asked or reader.applied:
+            return
+        array = next(iter(first.values()))
+        size = output_size(reader.image)
+        if array.dtype == np.uint8 and array.ndim >= 2 and array.shape[:2] == size:
+            return  # they have what was asked for
+        flags = " and ".join(f"--{key}" for key in asked)
+        raise DataError(
+            f"{flags} can't be applied: it acts on image files and on bytes (height, width, "
+            f"channels), and these samples are {array.dtype} {array.shape}. Leave it away, or do "
+            "it where the data are made."
+        )
 
     def without_data(self) -> tuple[WorkloadRecord, dict[SplitName, Split]]:
         model = self.model.module
@@ -156,6 +191,8 @@ class Assembly:
 
     def _classes(self) -> ClassList | None:
         """The classes that names in the data are looked up in: the user's file, or the model's."""
+        if self.source.metric == "agreement":
+            return None  # labels are not looked at
         if self.source.classes is not None:
             return read_classes(Path(self.source.classes))
         if not self.model.class_names and not self.model.class_ids:
@@ -176,11 +213,12 @@ class Assembly:
         overrides = self.source.overrides
         changes = {key: getattr(overrides, key) for key in TRANSFORM_KEYS}
         transform = None if bundle.preprocessing else model.image
+        sized = overrides.resize is not None or overrides.crop is not None
+        if transform is None and first is not None and is_image(first) and not sized:
+            transform = self._own_transform(bundle)
         if any(value is not None for value in changes.values()):
             base = transform or ImageTransform(mode=_mode_for(model.module, bundle), source="")
             transform = with_overrides(base, changes)
-        elif transform is None and first is not None and is_image(first):
-            transform = self._own_transform(bundle)
         return Reader(
             image=transform,
             transforms_arrays=transform is not None,
@@ -260,7 +298,7 @@ class Assembly:
                 if split.labels is not None or (name != "calibration" and len(splits) > 1):
                     check_labels(split, num_classes)
         answers = self._answers(splits) if self.source.answers == "present" else ()
-        given = (bundle.class_names if bundle else ()) or self.model.class_names
+        given = self._names_in(bundle) or self.model.class_names
         names, notes = _class_names(given, self.model.class_names, num_classes)
         self.notes += notes
         if answers:
@@ -273,9 +311,18 @@ class Assembly:
             unit=self.source.unit,
             higher_is_better=is_ours or self.source.higher_is_better,
             num_classes=num_classes,
+            output_shape=shape,
             class_names=names,
             answers=answers,
         )
+
+    def _names_in(self, bundle: Bundle | None) -> tuple[str, ...]:
+        """Class names of the user's file, else of the data."""
+        if self.source.classes is not None:
+            return read_classes(Path(self.source.classes)).names
+        if bundle is None or self.source.metric == "agreement":
+            return ()
+        return bundle.class_names
 
     def _answers(self, splits: Mapping[SplitName, Split]) -> tuple[int, ...]:
         labels = [np.asarray(split.labels) for split in splits.values() if split.labels is not None]
@@ -301,7 +348,7 @@ class Assembly:
             source=self.source,
             num_parameters=sum(p.numel() for p in model.parameters()),
             weight_bytes=sum(t.numel() * t.element_size() for t in stored),
-            model_sha256=_hash_weights(model),
+            model_sha256=hash_weights(model),
             inputs=resolved.inputs,
             preprocessing=resolved.preprocessing,
             task=task,
@@ -321,7 +368,10 @@ def _with_test(bundle: Bundle, test: Bundle) -> Bundle:
     notes = list(bundle.notes)
     if "test" in bundle.parts:
         notes.append("the data's own test part is left out, test data were given")
-    chosen = test.parts.get("test") or test.parts.get("all") or next(iter(test.parts.values()))
+    name = next(name for name in ("test", "all", "search", *test.parts) if name in test.parts)
+    chosen = test.parts[name]
+    if len(test.parts) > 1:
+        notes.append(f"of the test data the part {name!r} is taken")
     return Bundle(
         parts={**parts, "test": chosen},
         preprocessing=bundle.preprocessing or test.preprocessing,
@@ -374,27 +424,52 @@ def _check_unreadable(share: Share, written: Written, limit: float) -> None:
         )
 
 
+def _check_stream(part: Source, limit: float) -> None:
+    total = (part.length or 0) + part.num_unreadable
+    if part.num_unreadable > limit * total:
+        raise DataError(
+            f"{part.num_unreadable} of {total} samples of a stream can't be read "
+            f"({part.notes[-1]}); repair or remove them."
+        )
+
+
 def _reading(shares: Sequence[Share], written: Sequence[Written]) -> Reading:
-    seconds = max(1e-9, sum(each.seconds for each in written))
-    unreadable = sum(len(each.unreadable) for each in written)
+    """What reading took; for a stream that is its one pass, and not the copy of what it gave."""
+    streams = {id(share.source): share.source for share in shares if share.source.is_read}
+    num_samples = sum(source.length or 0 for source in streams.values())
+    seconds = sum(source.seconds for source in streams.values())
+    unreadable = sum(source.num_unreadable for source in streams.values())
+    for share, each in zip(shares, written, strict=True):
+        if not share.source.is_read:
+            num_samples, seconds = num_samples + each.info.num_samples, seconds + each.seconds
+            unreadable += len(each.unreadable)
     is_threaded = any(share.source.is_threadsafe for share in shares)
     return Reading(
-        samples_per_s=sum(each.info.num_samples for each in written) / seconds,
+        samples_per_s=num_samples / max(1e-9, seconds),
         num_workers=default_threads() if is_threaded else 1,
         num_unreadable=unreadable,
     )
 
 
 def _notes_on_splits(
-    splits: Mapping[SplitName, Split], written: Sequence[Written]
+    shares: Sequence[Share], splits: Mapping[SplitName, Split], written: Sequence[Written]
 ) -> Iterator[str]:
+    """Also refuses a test set that was given and is in truth the search samples."""
     lost = [reason for each in written for reason in each.unreadable]
     if lost:
         yield f"{len(lost)} samples can't be read and are left out (the first: {lost[0]})"
-    if "search" in splits and "test" in splits:
-        duplicates = count_duplicates(splits["search"], splits["test"])
-        if duplicates:
-            yield f"{duplicates} test samples are exact duplicates of search samples"
+    if "search" not in splits or "test" not in splits:
+        return
+    duplicates, total = count_duplicates(splits["search"], splits["test"]), 0
+    total = splits["test"].info.num_samples
+    sources = {share.split: share.source for share in shares}
+    if duplicates > MAX_SHARED * total and sources["search"] is not sources["test"]:
+        raise DataError(
+            f"{duplicates} of {total} test samples are search samples too; what was looked at in "
+            "the search proves nothing. Give other test data."
+        )
+    if duplicates:
+        yield f"{duplicates} test samples are exact duplicates of search samples"
 
 
 def _check_alike(
@@ -425,7 +500,7 @@ def _first_samples(
     reason = "there are none"
     for index in share.indices:
         try:
-            sample = reader.read(share.source.get(int(index)))
+            sample = read_one(share.source, int(index), reader)
         except UnreadableSample as error:
             reason = str(error)
             continue
@@ -451,7 +526,7 @@ def _class_names(
     return (), [f"{len(names)} class names for {num_classes} classes: left out"]
 
 
-def _hash_weights(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in sorted(named.items()):

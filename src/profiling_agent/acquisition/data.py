@@ -50,13 +50,19 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Samples: ``get`` by index when ``length`` is known, otherwise one pass of ``stream``."""
+    """Samples: ``get`` by index when ``length`` is known, otherwise one pass of ``stream``.
+
+    ``is_read`` says that images are decoded and texts tokenized already, which took ``seconds``.
+    """
 
     length: int | None
     get: Callable[[int], Sample]
     stream: Callable[[], Iterator[Sample]]
     notes: list[str] = field(default_factory=list)
     is_threadsafe: bool = False
+    is_read: bool = False
+    seconds: float = 0.0
+    num_unreadable: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +126,10 @@ def as_target(value: Any) -> np.ndarray | None:
     """What a metric of the user's own gets for one sample: numbers of any shape."""
     if value is None:
         return None
-    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    try:
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
     if array.dtype.kind not in "iufb":
         raise DataError(
             f"The target {short(value)} is not numeric; give numbers, padded to one shape."

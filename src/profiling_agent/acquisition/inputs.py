@@ -7,6 +7,7 @@ by trying likely shapes. Nothing is believed until forward has run with one and 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -25,6 +26,7 @@ SIDES = (224, 32, 28, 64, 96, 128, 256, 384)
 LENGTHS = (16, 32, 64, 128)
 CONFIGURATIONS = ("pretrained_cfg", "default_cfg", "config", "cfg")
 MAX_CHANNELS = 4
+MAX_COMBINED = 4
 
 Layout = Literal["none", "hw", "hwc", "chw"]
 
@@ -333,17 +335,25 @@ def prove(
 def _dtype_choices(
     raw: Mapping[str, np.ndarray], preprocessing: Preprocessing
 ) -> Iterator[dict[str, str]]:
-    """Floats stay float32 and bools bool; integers are tokens first, then numbers."""
-    for integer in ("int64", "float32"):
-        dtypes = {
-            name: {"f": "float32", "b": "bool"}.get(array.dtype.kind, integer)
-            for name, array in raw.items()
-        }
-        if preprocessing.layout != "none":
-            dtypes[next(iter(raw))] = "float32"
-        yield dtypes
-        if integer not in dtypes.values():
-            return
+    """Floats stay float32 and bools bool; integers are tokens first, then numbers.
+
+    Up to four inputs of integers are tried in all combinations, more in one way for all.
+    """
+    known = {
+        name: {"f": "float32", "b": "bool"}.get(array.dtype.kind) for name, array in raw.items()
+    }
+    if preprocessing.layout != "none":
+        known[next(iter(raw))] = "float32"
+    open_ = [name for name, dtype in known.items() if dtype is None]
+    kinds = ("int64", "float32")
+    ways = (
+        itertools.product(kinds, repeat=len(open_))
+        if len(open_) <= MAX_COMBINED
+        else ((kind,) * len(open_) for kind in kinds)
+    )
+    for way in ways:
+        chosen = dict(zip(open_, way, strict=True))
+        yield {name: dtype or chosen[name] for name, dtype in known.items()}
 
 
 def _specs(raw: Mapping[str, np.ndarray], dtypes: Mapping[str, str]) -> tuple[InputSpec, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,20 @@ def load_metric(metric: str | Callable[..., Any]) -> Callable[..., Any] | None:
     if not callable(function):
         raise BudgetError(f"The metric {metric!r} is no function of (outputs, targets).")
     return function
+
+
+def digest_of(metric: str | Callable[..., Any]) -> str | None:
+    """SHA-256 of the file, or of the source of a live function, so that a changed one is noticed.
+
+    None for a metric that is built in, and for a live one without source.
+    """
+    if isinstance(metric, str):
+        place = split_reference(metric)
+        return None if place is None else hashlib.sha256(place[0].read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(inspect.getsource(metric).encode()).hexdigest()
+    except (OSError, TypeError):
+        return None
 
 
 def unit_of(metric: str | Callable[..., Any]) -> str:

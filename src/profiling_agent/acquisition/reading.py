@@ -89,8 +89,10 @@ class Reader:
             return array
         if array.shape[:2] != output_size(self.image):
             return self._load(array, self.image)
-        if self.image.mode == "BGR":
-            return self._load(array, ImageTransform(mode="BGR", source=self.image.source))
+        has_channels = array.ndim == 3 and array.shape[-1] > 1
+        if self.image.mode == "BGR" or has_channels == (self.image.mode == "L"):
+            only_channels = ImageTransform(mode=self.image.mode, source=self.image.source)
+            return self._load(array, only_channels)
         return array
 
     def _load(self, value: Any, transform: ImageTransform) -> np.ndarray:
@@ -167,6 +169,12 @@ def _texts_of(source: Source, index: int) -> list[str | tuple[str, str]]:
     return [(texts[0], texts[1])] if len(texts) == 2 else texts
 
 
+def read_one(source: Source, index: int, reader: Reader) -> Sample:
+    """One sample with numeric inputs; ``UnreadableSample`` or ``DataError`` when it has none."""
+    sample = source.get(index)
+    return sample if source.is_read else reader.read(sample)
+
+
 def read_all(
     source: Source,
     indices: Sequence[int] | np.ndarray,
@@ -180,7 +188,7 @@ def read_all(
 
     def read(index: int) -> Sample | UnreadableSample:
         try:
-            return reader.read(source.get(index))
+            return read_one(source, index, reader)
         except UnreadableSample as error:
             return error
 

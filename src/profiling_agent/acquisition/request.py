@@ -12,7 +12,7 @@ from torch import nn
 from profiling_agent.acquisition.demo import DEMO_REFERENCE, is_demo
 from profiling_agent.acquisition.factories import split_reference
 from profiling_agent.acquisition.hubs.found import is_hub, local_folder
-from profiling_agent.acquisition.metrics import load_metric, name_of, unit_of
+from profiling_agent.acquisition.metrics import digest_of, load_metric, name_of, unit_of
 from profiling_agent.errors import DataError, ModelError
 from profiling_agent.records.workload import Overrides, WorkloadSource
 
@@ -77,6 +77,7 @@ class Request:
             answers=self.answers,
             metric=_metric(self.metric),
             metric_name=name_of(self.metric),
+            metric_sha256=digest_of(self.metric),
             unit=unit_of(self.metric),
             higher_is_better=self.higher_is_better,
             overrides=self.overrides,

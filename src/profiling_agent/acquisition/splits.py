@@ -39,15 +39,23 @@ class Share:
     indices: np.ndarray
 
 
-def divide(
-    parts: Mapping[str, Source], seed: int, max_samples: int
-) -> tuple[list[Share], list[str]]:
-    """Shares for the three splits, drawn at random by ``seed``, and notes on what was decided.
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Shares of the splits, notes on what was decided, and the sizes before any thinning."""
+
+    shares: list[Share]
+    notes: list[str]
+    available: dict[SplitName, int]
+
+
+def divide(parts: Mapping[str, Source], seed: int, max_samples: int) -> Division:
+    """Shares for the three splits, drawn at random by ``seed``.
 
     One labelled source is divided into calibration (a tenth, at most 512), and 4 : 5 of the rest
     for search and test; not stratified. With a test set given, calibration is 15 % (at most 512)
-    and search the rest. Parts that were given stay as they are. Above ``max_samples`` in the whole,
-    every split is thinned alike. Raises ``DataError`` when samples or labels don't suffice.
+    and search the rest. Parts that were given stay as they are. Above ``max_samples`` in the whole
+    samples are left out at random: of search first, since test samples are what proves, and of test
+    down to half of ``max_samples``. Raises ``DataError`` when samples or labels don't suffice.
     """
     rng = np.random.default_rng(seed)
     parts = {name: source for name, source in parts.items() if source.length != 0}
@@ -55,11 +63,41 @@ def divide(
         raise DataError("The data are empty; give samples with labels.")
     notes: list[str] = []
     shares = _assign(parts, rng, notes)
-    total = sum(len(share.indices) for share in shares)
+    available: dict[SplitName, int] = {share.split: len(share.indices) for share in shares}
+    total = sum(available.values())
     if total > max_samples:
         notes.append(f"{total} samples were thinned at random to {max_samples} (max_samples)")
-        shares = [_thin(share, max_samples / total, rng) for share in shares]
-    return shares, notes
+        shares = _thin_all(shares, max_samples, rng)
+    return Division(shares=shares, notes=notes, available=available)
+
+
+def thinned(sizes: Mapping[SplitName, int], max_samples: int) -> dict[SplitName, int]:
+    """Sizes of the splits that together are at most ``max_samples``; as they are when they fit."""
+    if sum(sizes.values()) <= max_samples:
+        return dict(sizes)
+    if len(sizes) == 1:
+        return dict.fromkeys(sizes, max_samples)
+    search, test = sizes.get("search", 0), sizes.get("test", 0)
+    calibration = min(sizes.get("calibration", 0), MAX_CALIBRATION, max_samples // 4)
+    left = max_samples - calibration
+    kept = min(test, max(left // 2, left - search))
+    wanted: dict[SplitName, int] = {
+        "calibration": calibration,
+        "search": min(search, left - kept),
+        "test": kept,
+    }
+    return {name: wanted[name] for name in sizes}
+
+
+def _thin_all(shares: list[Share], max_samples: int, rng: np.random.Generator) -> list[Share]:
+    sizes: dict[SplitName, int] = {share.split: len(share.indices) for share in shares}
+    wanted = thinned(sizes, max_samples)
+    return [
+        _thin(share, wanted[share.split] / sizes[share.split], rng)
+        if wanted[share.split] < sizes[share.split]
+        else share
+        for share in shares
+    ]
 
 
 def _assign(parts: dict[str, Source], rng: np.random.Generator, notes: list[str]) -> list[Share]:
@@ -150,19 +188,29 @@ LabelReader = Callable[[Any], Any]
 
 
 def stage(
-    source: Source, folder: Path, max_samples: int, seed: int, reader: Reader = PLAIN_READER
+    source: Source,
+    folder: Path,
+    max_samples: int,
+    seed: int,
+    reader: Reader = PLAIN_READER,
+    *,
+    reads_all: bool = True,
 ) -> Source:
     """A stream as a source that can be read by index: at most ``max_samples``, drawn evenly.
 
-    Reads the stream once to its end (reservoir sampling, Vitter 1985). Raises ``DataError`` for
-    an empty stream or samples of different shapes.
+    Reads the stream once to its end (reservoir sampling, Vitter 1985), or without ``reads_all``
+    only its first samples. Raises ``DataError`` for samples of different shapes.
     """
+    start = now()
     rng = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
     labels: list[Any] = []
     unreadable: list[str] = []
     num_seen = 0
     for raw in source.stream():
+        if not reads_all and num_seen == max_samples:
+            source.notes.append(f"only the first {max_samples} samples of a stream were looked at")
+            break
         num_seen += 1
         row = len(labels) if len(labels) < max_samples else int(rng.integers(num_seen))
         if row >= max_samples:
@@ -181,6 +229,7 @@ def stage(
         source.notes.append(
             f"{len(unreadable)} samples can't be read and are left out (the first: {unreadable[0]})"
         )
+    seconds = now() - start
     if num_seen > len(labels):
         source.notes.append(f"{num_seen} samples were thinned at random to {len(labels)}")
 
@@ -190,7 +239,13 @@ def stage(
 
     length = len(labels)
     return Source(
-        length=length, get=get, stream=lambda: (get(i) for i in range(length)), notes=source.notes
+        length=length,
+        get=get,
+        stream=lambda: (get(i) for i in range(length)),
+        notes=source.notes,
+        is_read=True,
+        seconds=seconds,
+        num_unreadable=len(unreadable),
     )
 
 

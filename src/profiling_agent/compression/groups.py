@@ -74,8 +74,9 @@ def prove(
     reasons = {group.id: _refusal(model, group) for group in groups}
     doubtful = [group for group in groups if reasons[group.id] is None]
     original = compute_logits(model, example) if doubtful else torch.empty(0)
-    for start in range(0, len(doubtful), TOGETHER):
-        chunk = doubtful[start : start + TOGETHER]
+    num_chunks = -(-len(doubtful) // TOGETHER)
+    for start in range(num_chunks):
+        chunk = doubtful[start::num_chunks]  # far apart, so that none stands behind seven others
         if len(chunk) > 1 and _compare(model, chunk, example, original) is None:
             continue
         for group in chunk:

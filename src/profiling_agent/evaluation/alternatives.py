@@ -76,23 +76,23 @@ def _reversed(stated: Preprocessing) -> Alternative:
         name="the channels reversed (BGR for RGB)",
         preprocessing=stated,
         reverses=True,
-        next_step=_reverse_words(stated, wanted),
+        next_step=f"Pass --mode {wanted}." if stated.layout == "hwc" else _reverse_words(wanted),
     )
 
 
 def _caffe(stated: Preprocessing, scale: float) -> Alternative:
     changed = stated.model_copy(update={"scale": scale, "mean": CAFFE_MEAN, "std": ()})
+    is_bgr = stated.image is not None and stated.image.mode == "BGR"
+    step = f"Pass {_flags(changed)}."
     return Alternative(
         name="BGR from 0 to 255 less its mean (Caffe's)",
         preprocessing=changed,
-        reverses=True,
-        next_step=f"{_reverse_words(stated, 'BGR')[:-1]}, and {_flags(changed)}.",
+        reverses=not is_bgr,
+        next_step=step if is_bgr else f"Pass --mode BGR {_flags(changed)}.",
     )
 
 
-def _reverse_words(stated: Preprocessing, wanted: str) -> str:
-    if stated.image is not None:
-        return f"Pass --mode {wanted}."
+def _reverse_words(wanted: str) -> str:
     return f"Reverse the channels where the arrays are made, so that they are {wanted}."
 
 

@@ -22,15 +22,14 @@ from profiling_agent.evaluation.statistics import (
     mean_interval,
     paired_drop,
 )
-from profiling_agent.machine.clock import now
 from profiling_agent.records.common import Interval
 from profiling_agent.records.evaluation import Accuracy
 from profiling_agent.records.workload import SplitName, Task
 
 NUM_SHUFFLES = 20
-MIN_RESAMPLES, MAX_RESAMPLES = 100, 400
-RESAMPLING_S = 10.0
-"""About what one bootstrap may take: a slow metric gets fewer resamples."""
+NUM_RESAMPLES = 300
+CONSTANT_SHARE = 0.9
+"""Of the answers: agreement with a model that always says the same says little."""
 SEED = 0
 
 
@@ -112,6 +111,10 @@ class Judge(ABC):
     def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
         """The metric of one artefact by itself, with its interval."""
 
+    def doubt(self, original: np.ndarray) -> str | None:
+        """What makes the metric say little on these answers; None mostly."""
+        return None
+
     _keeps_outputs = False
 
     def _agreement(self, ours: np.ndarray, original: np.ndarray | None) -> float | None:
@@ -143,6 +146,12 @@ class RightOrWrong(Judge):
 
     def refuse_broken(self, original: np.ndarray, labels: np.ndarray | None) -> None:
         if self.task.metric == "agreement":
+            if len(np.unique(original)) == 1:
+                raise DataError(
+                    f"The untouched model answers class {int(original[0])} for all "
+                    f"{len(original):,} samples, so any artefact would agree. Give samples of "
+                    "other kinds, or check the weights and the preprocessing."
+                )
             return
         assert labels is not None
         right = accuracy_interval(original == labels, confidence=0.99)
@@ -157,6 +166,19 @@ class RightOrWrong(Judge):
                 "Check the weights, the preprocessing and the labels' numbering "
                 f"(first answers: {shown}), with 'profiling-agent check'."
             )
+
+    def doubt(self, original: np.ndarray) -> str | None:
+        """What makes the metric say little here, though not nothing."""
+        if self.task.metric != "agreement":
+            return None
+        values, counts = np.unique(original, return_counts=True)
+        share = counts.max() / len(original)
+        if share < CONSTANT_SHARE:
+            return None
+        return (
+            f"The original answers class {int(values[counts.argmax()])} for {share:.1%} of the "
+            "samples: agreement with it says little."
+        )
 
     def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
         return accuracy_interval(ours == self._truth(labels, ours))
@@ -194,12 +216,10 @@ class Custom(Judge):
         level: float = 0.95,
         confidence: float = 0.95,
     ) -> Drop:
-        start = now()
         before = self._sign * self._scores(original, labels)
         after = self._sign * self._scores(ours, labels)
-        seconds = now() - start
         if before.ndim == 1 and after.ndim == 1:
-            span = float(max(before.max(), after.max()) - min(before.min(), after.min()))
+            span = self._span(before, after)
             return paired_drop(before, after, span=span, level=level, confidence=confidence)
         if before.ndim or after.ndim:
             raise BudgetError(
@@ -209,18 +229,41 @@ class Custom(Judge):
 
         def lost(rows: np.ndarray) -> float:
             targets = None if labels is None else labels[rows]
-            first, second = (self._scores(each[rows], targets) for each in (original, ours))
-            return self._sign * float(first - second)
+            first, second = (self._or_nan(each[rows], targets) for each in (original, ours))
+            return self._sign * (first - second)
 
-        return bootstrap_drop(
-            float(before - after),
-            lost,
-            len(ours),
-            num_resamples=_resamples(seconds),
-            seed=SEED,
-            level=level,
-            confidence=confidence,
+        return self._bootstrap(
+            float(before - after), lost, len(ours), level=level, confidence=confidence
         )
+
+    def _span(self, before: np.ndarray, after: np.ndarray) -> float:
+        """How far scores can lie apart: as the function states, 1 for yes or no, else as seen."""
+        stated = getattr(self._function, "range", None)
+        if stated is not None:
+            return float(stated[1]) - float(stated[0])
+        both = np.abs(np.concatenate([before, after]))
+        if np.isin(both, (0.0, 1.0)).all():
+            return 1.0
+        return float(max(before.max(), after.max()) - min(before.min(), after.min()))
+
+    def _bootstrap(
+        self, estimate: float, statistic: Callable[[np.ndarray], float], count: int, **how: float
+    ) -> Drop:
+        try:
+            return bootstrap_drop(
+                estimate, statistic, count, num_resamples=NUM_RESAMPLES, seed=SEED, **how
+            )
+        except ValueError as error:
+            raise BudgetError(
+                f"The metric {self.task.metric!r} is {error} of {count} samples, so it has no "
+                "interval; give more samples, or a score for each."
+            ) from None
+
+    def _or_nan(self, outputs: np.ndarray, targets: np.ndarray | None) -> float:
+        try:
+            return float(self._scores(outputs, targets))
+        except BudgetError:  # no positive sample in this resample, say
+            return float("nan")
 
     def refuse_broken(self, original: np.ndarray, labels: np.ndarray | None) -> None:
         if labels is None:
@@ -240,18 +283,14 @@ class Custom(Judge):
             )
 
     def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
-        start = now()
         scores = self._scores(ours, labels)
         if scores.ndim == 1:
             return mean_interval(scores)
-        drop = bootstrap_drop(
-            float(scores),
-            lambda rows: float(self._scores(ours[rows], None if labels is None else labels[rows])),
-            len(ours),
-            num_resamples=_resamples(now() - start),
-            seed=SEED,
-        )
-        return drop.interval
+
+        def value(rows: np.ndarray) -> float:
+            return self._or_nan(ours[rows], None if labels is None else labels[rows])
+
+        return self._bootstrap(float(scores), value, len(ours)).interval
 
     def _scores(self, outputs: np.ndarray, targets: np.ndarray | None) -> np.ndarray:
         """Float64 (samples,) or (); ``BudgetError`` for anything else."""
@@ -268,14 +307,12 @@ class Custom(Judge):
                 f"{len(outputs)} samples; return one score for each, or one number."
             )
         if not np.isfinite(scores).all():
+            where = "" if scores.ndim == 0 else f" for sample {int(np.argmin(np.isfinite(scores)))}"
             raise BudgetError(
-                f"The metric {self.task.metric!r} returned values that are not finite."
+                f"The metric {self.task.metric!r} returned a value that is not finite{where}; say "
+                "in the function what such a sample is worth."
             )
         return scores
-
-
-def _resamples(seconds: float) -> int:
-    return max(MIN_RESAMPLES, min(MAX_RESAMPLES, int(RESAMPLING_S / max(seconds, 1e-9))))
 
 
 def classes(outputs: np.ndarray, task: Task) -> np.ndarray:

@@ -20,7 +20,7 @@ BLOCK_TIMEOUT_S = 300.0
 class Predictor(Protocol):
     """Something opened for measuring; used by one caller at a time."""
 
-    def logits(self, split: Path, limit: int | None = None) -> np.ndarray: ...
+    def logits(self, split: Path, start: int = 0, stop: int | None = None) -> np.ndarray: ...
     def prepare(self, split: Path) -> None: ...
     def time_block(self, seconds: float, min_calls: int, warmup: int) -> list[float]: ...
     def memory_bytes(self) -> int | None: ...
@@ -67,14 +67,15 @@ class ProbeProcess:
             self.close()
             raise
 
-    def logits(self, split: Path, limit: int | None = None) -> np.ndarray:
+    def logits(self, split: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="profiling-agent-") as folder:
             out = Path(folder) / "logits.npy"
             request = {
                 "method": "logits",
                 "split": str(split),
                 "batch_size": self._deployment.batch_size,
-                "limit": limit,
+                "start": start,
+                "stop": stop,
                 "out": str(out),
             }
             self._child.ask(request, timeout_s=3600.0)
@@ -122,11 +123,13 @@ class LivePredictor:
         self._probe = Probe()
         self._probe._model = EagerModel(workload, None)
 
-    def logits(self, split: Path, limit: int | None = None) -> np.ndarray:
+    def logits(self, split: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="profiling-agent-") as folder:
             out = str(Path(folder) / "logits.npy")
             with self._threads():
-                self._guard(self._probe.logits, str(split), self._deployment.batch_size, out, limit)
+                self._guard(
+                    self._probe.logits, str(split), self._deployment.batch_size, out, start, stop
+                )
             return np.load(out, allow_pickle=False)
 
     def prepare(self, split: Path) -> None:

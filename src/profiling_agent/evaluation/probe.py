@@ -56,20 +56,20 @@ class Probe:
         return {}
 
     def logits(
-        self, split: str, batch_size: int, out: str, limit: int | None = None
+        self, split: str, batch_size: int, out: str, start: int = 0, stop: int | None = None
     ) -> dict[str, Any]:
-        """Logits of a split's samples in order, in batches of the deployment's size."""
+        """Logits of a split's samples from ``start`` to ``stop``, in batches of that size."""
         assert self._model is not None
         inputs = _split_inputs(Path(split))
         total = len(next(iter(inputs.values())))
-        total = total if limit is None else min(limit, total)
+        total = total if stop is None else min(stop, total)
         parts: list[np.ndarray] = []
-        for start in range(0, total, batch_size):
-            rows = slice(start, min(start + batch_size, total))
+        for first in range(start, total, batch_size):
+            rows = slice(first, min(first + batch_size, total))
             raw = {name: np.asarray(array[rows]) for name, array in inputs.items()}
             parts.append(np.asarray(self._model.logits(raw), dtype=np.float32))
         np.save(out, np.concatenate(parts))
-        return {"num_samples": total}
+        return {"num_samples": total - start}
 
     def prepare(self, split: str, batch_size: int) -> dict[str, Any]:
         """Fix the batch that is timed: the first samples, repeated when there are fewer."""

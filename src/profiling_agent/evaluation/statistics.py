@@ -50,7 +50,8 @@ def paired_drop(
     The interval is that of a mean with two samples added that differ by ``span`` in either
     direction, ``span`` being how far scores can lie apart. For scores of 0 and 1 it is exactly the
     adjusted Wald interval of Bonett and Price (2012) for paired proportions, which holds its level
-    for few samples and for none that differ. ``ValueError`` for arrays that don't pair.
+    for few samples and for none that differ. With a span of 0 there is no bound: scores that never
+    differed say nothing of how far they can. ``ValueError`` for arrays that don't pair.
     """
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
@@ -64,7 +65,7 @@ def paired_drop(
     square = (float((lost**2).sum()) + 2 * span**2) / count
     deviation = math.sqrt(max(0.0, square - center**2))
     spread = deviation / math.sqrt(count)
-    estimate = round(float(lost.mean()), 10)
+    estimate = float(f"{float(lost.mean()):.12g}")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     return Drop(
         interval=Interval(
@@ -74,7 +75,7 @@ def paired_drop(
             confidence=confidence,
             num_samples=len(lost),
         ),
-        upper_bound=center + NormalDist().inv_cdf(level) * spread,
+        upper_bound=center + NormalDist().inv_cdf(level) * spread if span > 0 else None,
         deviation=deviation,
         level=level,
     )
@@ -90,26 +91,32 @@ def bootstrap_drop(
     level: float = 0.95,
     confidence: float = 0.95,
 ) -> Drop:
-    """A statistic of the samples with its basic bootstrap interval (Davison and Hinkley 1997, 5.2).
+    """A statistic of the samples, its spread by the bootstrap (Efron 1979), its interval normal.
 
-    ``statistic`` gets the rows (samples,) of a resample; equal rows and seed give equal results.
+    ``statistic`` gets the rows (samples,) of a resample and gives nan where it is undefined; such
+    resamples are left out. ``ValueError`` when that is more than half of them. Equal rows and seed
+    give equal results.
     """
     rng = np.random.default_rng(seed)
     values = np.array(
         [statistic(rng.integers(0, num_samples, num_samples)) for _ in range(num_resamples)]
     )
-    tail = (1 - confidence) / 2
-    low, high = 2 * estimate - np.quantile(values, [1 - tail, tail])
+    values = values[np.isfinite(values)]
+    if 2 * len(values) < num_resamples:
+        raise ValueError(f"undefined in {num_resamples - len(values)} of {num_resamples} resamples")
+    spread = float(values.std(ddof=1))
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    bound = estimate + NormalDist().inv_cdf(level) * spread
     return Drop(
         interval=Interval(
             estimate=estimate,
-            low=min(estimate, float(low)),
-            high=max(estimate, float(high)),
+            low=estimate - z * spread,
+            high=estimate + z * spread,
             confidence=confidence,
             num_samples=num_samples,
         ),
-        upper_bound=float(2 * estimate - np.quantile(values, 1 - level)) if values.std() else None,
-        deviation=float(values.std()) * math.sqrt(num_samples),
+        upper_bound=bound if spread > 0 else None,
+        deviation=spread * math.sqrt(num_samples),
         level=level,
     )
 

@@ -183,6 +183,22 @@ def _moved(order: np.ndarray, answers: np.ndarray, labels: np.ndarray, names: Se
     return f"{', '.join(shown)}{more}"
 
 
+def find_refused(reason: str) -> Finding:
+    """What would end ``optimize`` at its beginning, in its own words."""
+    text, _, step = reason.partition(". ")
+    return Finding(kind="chance", level="problem", text=f"{text}.", next_step=step or text)
+
+
+def find_doubtful(doubt: str) -> Finding:
+    """What makes the metric say little on these samples."""
+    return Finding(
+        kind="constant answer",
+        level="hint",
+        text=doubt,
+        next_step="Give samples of other kinds, or labels and --metric accuracy.",
+    )
+
+
 def find_constant(
     answers: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] = ()
 ) -> Finding | None:

@@ -18,7 +18,7 @@ from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.trial import Candidate, Trial, Verdict
 
 MAX_CANDIDATES = 3
-ROUNDING = 1e-9
+ROUNDING = 1 + 1e-9
 
 
 def best_control(trials: Sequence[Trial], budget: Budget) -> Trial | None:
@@ -49,7 +49,7 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
         ours = [trial for trial in ours if _expected_bound(trial, num_test) <= budget.max_drop]
     chosen: dict[str, Trial] = {}
     for limit in (budget.max_drop, 0.5 * budget.max_drop, 0.0):
-        first = next((t for t in ours if (search_drop(t) or 0.0) <= limit + ROUNDING), None)
+        first = next((t for t in ours if (search_drop(t) or 0.0) <= limit * ROUNDING), None)
         if first is not None:
             chosen.setdefault(first.trial_id, first)
     for trial in pareto(ours, budget):
@@ -105,7 +105,7 @@ class Final:
 
 def evidence_of(final: Final, budget: Budget) -> Evidence | None:
     """``proven``, ``measured``, or ``None`` when the test drop is over the budget."""
-    if final.drop is None or final.drop.estimate > budget.max_drop + ROUNDING:
+    if final.drop is None or final.drop.estimate > budget.max_drop * ROUNDING:
         return None
     if final.bound is not None and final.bound <= budget.max_drop:
         return "proven"

@@ -54,7 +54,7 @@ def trial_value(trial: Trial, budget: Budget) -> float | None:
 def is_feasible(trial: Trial, budget: Budget) -> bool:
     """Done, and within the budget on the search split by point estimate."""
     drop = search_drop(trial)
-    return trial.status == "done" and drop is not None and drop <= budget.max_drop + 1e-9
+    return trial.status == "done" and drop is not None and drop <= budget.max_drop * (1 + 1e-9)
 
 
 def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:

@@ -48,6 +48,8 @@ from profiling_agent.records.trial import Trial
 
 KL_PER_POINT = 0.02
 """First guess of the divergence (nats) that costs one point of accuracy; trials correct it."""
+MAX_POINTS = 5.0
+"""Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
 SEARCH_ENDED = 1.15
 """The bracket around the allowance is closed when its ends are this close."""
 MAX_STEPS = 12
@@ -184,7 +186,7 @@ def _points(budget: Budget, history: Sequence[Trial]) -> float:
     for trial in controls(history).values():
         accuracy = trial.evaluation.on("search") if trial.evaluation else None
         if accuracy is not None and accuracy.value != 0.0:
-            return 100.0 * budget.max_drop / abs(accuracy.value)
+            return min(MAX_POINTS, 100.0 * budget.max_drop / abs(accuracy.value))
     return 1.0
 
 

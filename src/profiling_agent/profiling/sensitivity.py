@@ -56,7 +56,8 @@ class Divergence:
                     logits = compute_logits(self._model, batch).double().flatten(0, -2)
                     yield F.log_softmax(logits, -1)
                 else:
-                    yield compute_logits(self._model, batch).double().flatten(1)
+                    outputs = compute_logits(self._model, batch).double()
+                    yield outputs.reshape(len(outputs), -1)
 
     def measure(self) -> tuple[float, float, float]:
         """Mean divergence (nats), its standard error, and the share of changed top classes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from profiling_agent.records.base import Record
 
@@ -57,7 +57,10 @@ class Preprocessing(Record):
 
 
 class Overrides(Record):
-    """Preprocessing the user asked for in place of what the model and the data state."""
+    """Preprocessing the user asked for in place of what the model and the data state.
+
+    A single number does for mean and std, and for a crop that is square.
+    """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -66,6 +69,16 @@ class Overrides(Record):
     resize: int | tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     interpolation: Interpolation | None = None
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: object) -> object:
+        return (value,) if isinstance(value, int | float) else value
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _square(cls, value: object) -> object:
+        return (value, value) if isinstance(value, int) else value
 
 
 class WorkloadSource(Record):
@@ -81,6 +94,7 @@ class WorkloadSource(Record):
     )
     metric: str = Field(default="accuracy", description="accuracy, agreement or a file's function")
     metric_name: str = "accuracy"
+    metric_sha256: str | None = Field(default=None, description="of a user's metric, as written")
     unit: str = "points"
     higher_is_better: bool = True
     overrides: Overrides = Overrides()
@@ -118,6 +132,7 @@ class Task(Record):
     unit: str = "points"
     higher_is_better: bool = True
     num_classes: int | None
+    output_shape: tuple[int, ...] = Field(default=(), description="of one sample's output")
     class_names: tuple[str, ...] = ()
     answers: tuple[int, ...] = ()
 
@@ -135,8 +150,8 @@ class WorkloadRecord(Record):
     preprocessing: Preprocessing
     task: Task
     splits: tuple[SplitInfo, ...]
-    num_available: int | None = Field(
-        default=None, description="samples the data have; more than the splits when thinned"
+    available: dict[SplitName, int] = Field(
+        default={}, description="samples of each split before any were left out to thin them"
     )
     reading: Reading | None = None
     notes: tuple[str, ...] = ()

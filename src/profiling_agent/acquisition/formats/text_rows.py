@@ -106,7 +106,7 @@ def _read_separated(path: Path) -> dict[str, list[Any]]:
                 f"Line {line} of {str(path)!r} has {len(row)} values and the first has {width}."
             )
     cells = [row for _, row in rows]
-    names = cells.pop(0) if _has_header(cells) else _names(cells, path)
+    names = cells.pop(0) if _has_header(cells, path) else _names(cells, path)
     _refuse_empty(cells, path)
     return {name: [row[place] or None for row in cells] for place, name in enumerate(names)}
 
@@ -130,12 +130,12 @@ def _split(text: str, is_tab: bool, quoted: bool, path: Path) -> list[tuple[int,
     return rows
 
 
-def _has_header(rows: Sequence[Sequence[str]]) -> bool:
-    """Known names, or a word above a column of numbers."""
+def _has_header(rows: Sequence[Sequence[str]], path: Path) -> bool:
+    """Known names, or a word above a column of numbers; in .csv files any words that differ."""
     first, rest = rows[0], rows[1:101]
     if any(_is_number(cell) for cell in first) or len(set(first)) != len(first):
         return False
-    if any(cell.strip().lower() in HEADER_NAMES for cell in first):
+    if path.suffix.lower() == ".csv" or any(cell.strip().lower() in HEADER_NAMES for cell in first):
         return True
     columns = zip(*rest, strict=True)
     return any(all(_is_number(cell) for cell in column) for column in columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,11 @@ def _pretrained(models: Any, name: str, entry: Any) -> nn.Module:
         )
     try:
         with quiet():
+            # torch.hub would unpickle anything; get_model below finds the file in its cache.
+            entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
             return models.get_model(name, weights=entry, progress=False)
-    except (OSError, RuntimeError, EOFError) as error:  # the download, or a damaged cache
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # the download, or a damaged cache
         raise ModelError(
             f"The pretrained weights of 'torchvision:{name}' can't be had "
             f"({first_sentence(error)}); pass --weights FILE, or --weights random for random ones."
