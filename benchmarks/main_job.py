@@ -84,7 +84,7 @@ WORKLOADS = {
             "--data", "{assets}/imagenet_val_650",
         ],
         max_drop=1.0,
-        minutes=15,
+        minutes=10,
         needs=IMAGENET,
     ),
 }  # fmt: skip

@@ -52,12 +52,19 @@ def final_protocol(time_budget_s: float, call_s: float) -> Protocol:
 
 
 def final_seconds(
-    num_calls: int, original_call_s: float, artefact_call_s: float, time_budget_s: float
+    num_calls: int,
+    original_call_s: float,
+    artefact_call_s: float,
+    time_budget_s: float,
+    num_artefacts: int = 3,
 ) -> float:
     """What the final stage is expected to take: accuracy on the test split (``num_calls`` batches)
-    of the original, a control and two candidates, and a race and a quarter."""
-    race_s = final_protocol(time_budget_s, original_call_s).seconds(original_call_s, 3) + OPENING_S
-    accuracy_s = num_calls * (original_call_s + 3 * artefact_call_s)
+    of the original and of so many artefacts (a control and two candidates), and a race and a
+    quarter."""
+    racers = min(3, 1 + num_artefacts)
+    protocol = final_protocol(time_budget_s, original_call_s)
+    race_s = protocol.seconds(original_call_s, racers) + OPENING_S
+    accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s)
 
 

@@ -338,8 +338,8 @@ class _Run:
                 )
                 if plan.plan_id in done:
                     continue
-                longest = max((t.seconds for t in self.state.trials if t.is_control), default=0.0)
-                if self.state.trials and self.left < self._reserve() + longest:
+                likely = self.state.trials[-1].seconds if self.state.trials else 0.0
+                if self.state.trials and self.left < self._reserve(num_artefacts=1) + likely:
                     self._warn(
                         f"The control {offer.runtime} {scheme} was not measured: the time budget "
                         "is too short."
@@ -353,14 +353,16 @@ class _Run:
         assert baseline is not None and baseline.timing is not None
         return baseline.timing.median_ms / 1e3
 
-    def _reserve(self) -> float:
-        """Seconds kept for the final stage."""
+    def _reserve(self, num_artefacts: int = 3) -> float:
+        """Seconds kept for the final stage of so many artefacts: a control and two candidates."""
         num_test = self.workload.record.split("test").num_samples
         control = best_control(self.state.trials, self.budget)
         relative = (relative_latency(control) if control else None) or 0.6
         call_s = self._call_s()
         num_calls = -(-num_test // self.deployment.batch_size)
-        return final_seconds(num_calls, call_s, relative * call_s, self.budget.time_s)
+        return final_seconds(
+            num_calls, call_s, relative * call_s, self.budget.time_s, num_artefacts
+        )
 
     def _profile(self, builder: Builder) -> Profile | None:
         """The profile, or ``None`` with a warning: then the controls are all there is to choose."""
