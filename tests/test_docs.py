@@ -189,7 +189,9 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
     generated = {"serve.py", "graph.py", "model.py", "data.py"}
     sources = [
-        path for part in ("src", "tests", "examples") for path in (ROOT / part).rglob("*.py")
+        path
+        for part in ("src", "tests", "examples", "benchmarks")
+        for path in (ROOT / part).rglob("*.py")
     ]
     known = [str(path.relative_to(ROOT)) for path in sources]
     named = set(re.findall(r"`([\w/]+\.py)`", text)) - generated
