@@ -417,7 +417,7 @@ class TestView:
             "next step",
             "eager fp32",
             "test samples",
-            "largest of all",
+            "any of the 6 classes",
         ):
             assert words in page
         assert "points" in page and "15 min" in page

@@ -322,6 +322,13 @@ def test_text_files(tmp_path: Path, name: str, text: str, inputs: Any, labels: A
     assert inputs_of(source) == inputs and labels_of(source) == labels
 
 
+def test_minus_one_is_a_secret_label_but_a_number_to_a_metric(tmp_path: Path) -> None:
+    path = tmp_path / "scores.csv"
+    path.write_text("text,label\na,-1\nb,0.5\nc,1\n", encoding="utf-8")
+    assert labels_of(open_table(path).parts["all"]) == [None, 0.5, 1]
+    assert labels_of(open_table(path, has_classes=False).parts["all"]) == [-1, 0.5, 1]
+
+
 def test_text_files_of_arrays_and_paths(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"input_ids": [1, 2], "mask": [1, 0], "label": 1}\n')

@@ -66,20 +66,20 @@ def optimize(
         runtimes = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
         for name in runtimes:
             require_runtime(name)
+    request = _request(
+        model,
+        data,
+        preprocessing,
+        test_data=test_data,
+        weights=weights,
+        classes=classes,
+        answers=answers,
+        metric=metric,
+        higher_is_better=higher_is_better,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
     try:
-        request = Request(
-            model=model,
-            data=data,
-            test_data=test_data,
-            weights=weights,
-            classes=classes,
-            answers=answers,
-            metric=metric,
-            higher_is_better=higher_is_better,
-            overrides=Overrides(**dict(preprocessing or {})),
-            max_length=max_length,
-            trust_remote_code=trust_remote_code,
-        )
         settings = RunSettings(
             budget=Budget(
                 max_drop=loop.default_drop(max_drop, request.unit),
@@ -95,7 +95,7 @@ def optimize(
             seed=seed,
         )
     except ValidationError as error:
-        raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
+        raise _unusable(error) from None
     progress = open_progress(
         time_budget, mode="auto" if show_progress else "silent", unit=request.unit
     )
@@ -123,21 +123,38 @@ def profile(
 
     Arguments as in ``optimize``; ``seconds`` are about what it may take.
     """
+    request = _request(
+        model,
+        data,
+        preprocessing,
+        weights=weights,
+        classes=classes,
+        metric=metric,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
     try:
-        request = Request(
-            model=model,
-            data=data,
-            weights=weights,
-            classes=classes,
-            metric=metric,
-            overrides=Overrides(**dict(preprocessing or {})),
-            max_length=max_length,
-            trust_remote_code=trust_remote_code,
-        )
         deployment = Deployment(batch_size=batch_size, threads=threads or default_threads())
     except ValidationError as error:
-        raise BudgetError(f"These settings can't be used: {describe_faults(error)}.") from None
+        raise _unusable(error) from None
     return stages.profile(request, deployment=deployment, seconds=seconds)
+
+
+def _request(
+    model: str | nn.Module,
+    data: object | None,
+    preprocessing: Mapping[str, Any] | None,
+    **named: Any,
+) -> Request:
+    try:
+        overrides = Overrides(**dict(preprocessing or {}))
+    except ValidationError as error:
+        raise _unusable(error) from None
+    return Request(model=model, data=data, overrides=overrides, **named)
+
+
+def _unusable(error: ValidationError) -> BudgetError:
+    return BudgetError(f"These settings can't be used: {describe_faults(error)}.")
 
 
 def load(artefact: str | Path, threads: int | None = None) -> ServedModel:

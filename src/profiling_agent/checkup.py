@@ -18,10 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from profiling_agent.acquisition.acquire import acquire
+from profiling_agent.acquisition.inputs import FLOATS_NOTE
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.preprocess import preprocess
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.splits import thinned
+from profiling_agent.acquisition.weights import TRAINING_NOTE
 from profiling_agent.acquisition.workload import Split, Workload, compute_logits
 from profiling_agent.deployment.runtimes import INSTALL_LINES, RUNTIMES
 from profiling_agent.errors import DataError, StorageError
@@ -77,8 +79,6 @@ LATENCY_S: Final = 2.0
 RECORD_FILE: Final = "check.json"
 PICTURE_FILE: Final = "samples.png"
 STOCHASTIC: Final = ("DropPath", "StochasticDepth")
-TRAINING_NOTE: Final = "the model was in training mode"
-FLOATS_NOTE: Final = "the inputs are taken as preprocessed already; the mean, std and scale stated"
 
 
 def check(
@@ -165,9 +165,8 @@ class _Checkup:
 
     def _look_at_model(self) -> None:
         notes = self.workload.record.notes
-        note = next((note for note in notes if note.startswith(TRAINING_NOTE)), None)
-        if note is not None and acts_otherwise_in_training(self.workload.model):
-            self.findings.append(find_training(note))
+        if TRAINING_NOTE in notes and acts_otherwise_in_training(self.workload.model):
+            self.findings.append(find_training(TRAINING_NOTE))
         rows = self.rows[:NUM_TWICE]
         first, again = self._forward(rows), self._forward(rows)
         random = find_random(first, again)
@@ -371,7 +370,7 @@ class _Checkup:
     def _look_at_data(self) -> None:
         record = self.workload.record
         num_read = sum(split.num_samples for split in record.splits)
-        if any(note.startswith(FLOATS_NOTE) for note in record.notes):
+        if FLOATS_NOTE in record.notes:
             values = np.asarray(self.split.inputs[record.inputs[0].name][self.rows[:64]])
             stated = "a mean and std (or a scale)"
             self._add(find_floats(float(values.min()), float(values.max()), stated))

@@ -29,9 +29,13 @@ from profiling_agent.acquisition.demo import (
 )
 from profiling_agent.acquisition.factories import build_model, copy_live, split_reference
 from profiling_agent.acquisition.formats.references import CIFARS
-from profiling_agent.acquisition.hubs.found import FoundModel, find_model, is_hub
-from profiling_agent.acquisition.request import (
+from profiling_agent.acquisition.hubs.found import (
     RANDOM_WEIGHTS,
+    FoundModel,
+    find_model,
+    is_hub,
+)
+from profiling_agent.acquisition.request import (
     Request,
     is_live_data,
 )

@@ -183,11 +183,12 @@ class Assembly:
         return self._record(resolved, splits, task, None), splits
 
     def _open(self, data: object, test_data: object | None) -> Bundle:
-        known = self._classes()
-        bundle = open_data(data, self.staging / "data", known)
+        known, has_classes = self._classes(), self.wants_classes
+        bundle = open_data(data, self.staging / "data", known, has_classes=has_classes)
         if test_data is None:
             return bundle
-        return _with_test(bundle, open_data(test_data, self.staging / "test", known))
+        test = open_data(test_data, self.staging / "test", known, has_classes=has_classes)
+        return _with_test(bundle, test)
 
     def _classes(self) -> ClassList | None:
         """The classes that names in the data are looked up in: the user's file, or the model's."""
@@ -460,7 +461,7 @@ def _notes_on_splits(
         yield f"{len(lost)} samples can't be read and are left out (the first: {lost[0]})"
     if "search" not in splits or "test" not in splits:
         return
-    duplicates, total = count_duplicates(splits["search"], splits["test"]), 0
+    duplicates = count_duplicates(splits["search"], splits["test"])
     total = splits["test"].info.num_samples
     sources = {share.split: share.source for share in shares}
     if duplicates > MAX_SHARED * total and sources["search"] is not sources["test"]:

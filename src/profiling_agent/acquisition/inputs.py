@@ -25,6 +25,10 @@ from profiling_agent.records.workload import InputSpec, Preprocessing
 SIDES = (224, 32, 28, 64, 96, 128, 256, 384)
 LENGTHS = (16, 32, 64, 128)
 CONFIGURATIONS = ("pretrained_cfg", "default_cfg", "config", "cfg")
+FLOATS_NOTE = (
+    "the inputs are taken as preprocessed already; the mean, std and scale stated with them are "
+    "not applied (state a layout to have them applied)"
+)
 MAX_CHANNELS = 4
 MAX_COMBINED = 4
 
@@ -142,10 +146,7 @@ def settle_preprocessing(
         layout = infer_layout(sample.shape) if sample.dtype == np.uint8 else "none"
     if layout == "none":
         if mean or std or _floats(stated.get("scale")) not in ((), (1.0,)):
-            notes.append(
-                "the inputs are taken as preprocessed already; the mean, std and scale stated with "
-                "them are not applied (state a layout to have them applied)"
-            )
+            notes.append(FLOATS_NOTE)
         return Preprocessing(layout="none", source="none applied"), tuple(notes)
     scales = _floats(stated.get("scale"))
     scale = scales[0] if scales else 1 / 255 if sample.dtype == np.uint8 else 1.0

@@ -11,13 +11,12 @@ from torch import nn
 
 from profiling_agent.acquisition.demo import DEMO_REFERENCE, is_demo
 from profiling_agent.acquisition.factories import split_reference
-from profiling_agent.acquisition.hubs.found import is_hub, local_folder
+from profiling_agent.acquisition.hubs.found import RANDOM_WEIGHTS, is_hub, local_folder
 from profiling_agent.acquisition.metrics import digest_of, load_metric, name_of, unit_of
 from profiling_agent.errors import DataError, ModelError
 from profiling_agent.records.workload import Overrides, WorkloadSource
 
 LIVE_METRIC = "a live function"
-RANDOM_WEIGHTS = "random"
 NO_OVERRIDES = Overrides()
 
 

@@ -35,6 +35,7 @@ WRAPPERS = (
     "ema_state_dict",
     "state_dict_ema",
 )
+TRAINING_NOTE = "the model was in training mode and was put to eval mode"
 PREFIXES = ("module.", "_orig_mod.", "model.")
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
 
@@ -96,7 +97,7 @@ def settle(model: nn.Module) -> tuple[str, ...]:
     if any(tensor.is_meta for _, tensor in tensors):
         raise ModelError("The model has weights without values (meta device); load them first.")
     if model.training:
-        notes.append("the model was in training mode and was put to eval mode")
+        notes.append(TRAINING_NOTE)
     kinds = {str(tensor.dtype) for _, tensor in tensors if tensor.is_floating_point()}
     if kinds - {"torch.float32"}:
         notes.append("the model was cast to float32")

@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from profiling_agent.records.check import CheckedSample, CheckRecord, Defaults, Finding, Level
-from profiling_agent.records.workload import Preprocessing, Task
 from profiling_agent.report.wording import (
     DASH,
     as_count,
     as_share,
+    describe_answers,
+    describe_preprocessing,
+    describe_reading,
     in_ms,
     in_percent,
     in_points,
@@ -73,8 +75,8 @@ def _facts(record: CheckRecord, folder: Path | None) -> Table:
     inputs = ", ".join(f"{s.name} {s.dtype} {s.shape}" for s in workload.inputs)
     rows = [
         ("model", f"{as_count(workload.num_parameters)} parameters; takes {printable(inputs)}"),
-        ("preprocessing", _preprocessing(workload.preprocessing)),
-        ("predictions", _answers(workload.task)),
+        ("preprocessing", describe_preprocessing(workload.preprocessing)),
+        ("predictions", describe_answers(workload.task)),
         (printable(workload.task.metric), _metric(record)),
         ("latency", _latency(record)),
         ("reading", _reading(record)),
@@ -92,30 +94,6 @@ def _facts(record: CheckRecord, folder: Path | None) -> Table:
     for note in workload.notes:
         table.add_row(Text("note"), Text(printable(note, 400), style="dim"))
     return table
-
-
-def _preprocessing(stated: Preprocessing) -> str:
-    if stated.layout == "none":
-        return "none: inputs are passed on as they are"
-    scale = "1/255" if abs(stated.scale * 255 - 1) < 1e-6 else significant(stated.scale)
-    words = f"{stated.layout}, scale {scale}"
-    for name, values in (("mean", stated.mean), ("std", stated.std)):
-        if values:
-            words += f", {name} {', '.join(f'{each:g}' for each in values)}"
-    words += f" (from: {printable(stated.source)})"
-    image = stated.image
-    if image is None:
-        return words
-    size = f"resize {image.resize}, crop {image.crop}, {image.interpolation}"
-    return f"{image.mode}, {size} (from: {printable(image.source)}); {words}"
-
-
-def _answers(task: Task) -> str:
-    if task.num_classes is None:
-        return "what the model returns, scored by the metric"
-    if task.answers:
-        return f"the largest of the {len(task.answers):,} classes present"
-    return f"the largest of all {task.num_classes:,} classes"
 
 
 def _metric(record: CheckRecord) -> str:
@@ -148,9 +126,7 @@ def _reading(record: CheckRecord) -> str:
     reading = record.workload.reading
     if reading is None:
         return "arrays, nothing to decode"
-    words = (
-        f"{significant(reading.samples_per_s)} samples a second by {reading.num_workers} workers"
-    )
+    words = describe_reading(reading)
     rate = record.latency.samples_per_s if record.latency else None
     if rate is not None:
         words += f", {significant(reading.samples_per_s / rate)} times the model's rate"

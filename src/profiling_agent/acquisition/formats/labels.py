@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,15 @@ class Labels:
     notes: tuple[str, ...] = ()
 
 
-def read_labels(parts: Mapping[str, tuple[Rows, Column | None]], known: ClassList) -> Labels:
-    """Numbers for the labels of all parts, by one rule; ``DataError`` when there is none."""
+def read_labels(
+    parts: Mapping[str, tuple[Rows, Column | None]],
+    known: ClassList,
+    hidden: Collection[Any] = HIDDEN,
+) -> Labels:
+    """Numbers for the labels of all parts, by one rule; ``DataError`` when there is none.
+
+    Values in ``hidden`` stand for no label.
+    """
     columns = [column for _, column in parts.values() if column is not None]
     if not columns:
         return Labels(values=dict.fromkeys(parts), class_names=known.names)
@@ -38,6 +45,7 @@ def read_labels(parts: Mapping[str, tuple[Rows, Column | None]], known: ClassLis
         name = columns[0].name
         return Labels(values=dict.fromkeys(parts), class_names=known.names, deferred=name)
     raw = {part: _raw(rows, column) for part, (rows, column) in parts.items()}
+    raw = {part: _shown(found, hidden) for part, found in raw.items()}
     mapping, class_names, notes = _mapping(columns[0], raw.values(), known)
     values = {part: _mapped(found, mapping) for part, found in raw.items()}
     return Labels(values=values, class_names=class_names, notes=notes)
@@ -55,13 +63,7 @@ def _mapping(
     """From the column's values to class numbers (empty: as they are), class names, and notes."""
     if column.class_names:
         return _from_stated(column.class_names, known)
-    words = {
-        v
-        for part in parts
-        if part is not None
-        for v in part
-        if isinstance(v, str) and v not in HIDDEN
-    }
+    words = {v for part in parts if part is not None for v in part if isinstance(v, str)}
     if not words:
         return {}, known.names, ()
     index, how = index_of(sorted(words), known)
@@ -95,8 +97,12 @@ def _from_stated(
 def _mapped(values: Sequence[Any] | None, mapping: dict[Any, int]) -> list[Any] | None:
     if values is None:
         return None
-    found = [None if v is None or v in HIDDEN else mapping.get(v, v) for v in values]
+    found = [None if value is None else mapping.get(value, value) for value in values]
     return found if any(value is not None for value in found) else None
+
+
+def _shown(values: Sequence[Any] | None, hidden: Collection[Any]) -> list[Any] | None:
+    return None if values is None else [None if value in hidden else value for value in values]
 
 
 def _plain(value: Any, column: Column) -> Any:

@@ -17,13 +17,16 @@ from profiling_agent.errors import DataError
 CIFARS = ("cifar10", "cifar100")
 
 
-def open_data(data: object, staging: Path, known: ClassList | None = None) -> Bundle:
+def open_data(
+    data: object, staging: Path, known: ClassList | None = None, *, has_classes: bool = True
+) -> Bundle:
     """Understand a reference or live data; nothing is decoded yet.
 
     References: ``.npz``; a folder of images; ``cifar10:`` or ``cifar100:`` and the published
     archive; parquet, a saved Hugging Face dataset, ``.csv``, ``.tsv``, ``.jsonl``;
     ``path/file.py:factory``. ``known`` are the model's classes or those of a file, by which names
-    become numbers; ``staging`` is a folder for arrays unpacked on the way. Raises ``DataError``.
+    become numbers; without ``has_classes`` labels are targets of the user's metric; ``staging`` is
+    a folder for arrays unpacked on the way. Raises ``DataError``.
     """
     if isinstance(data, Path):
         data = str(data)
@@ -41,7 +44,7 @@ def open_data(data: object, staging: Path, known: ClassList | None = None) -> Bu
     if not path.exists():
         raise DataError(f"The data {data!r} don't exist; check the path after --data.")
     if is_table(path):
-        return open_table(path, known)
+        return open_table(path, known, has_classes=has_classes)
     if path.is_dir():
         return open_folder(path, known)
     raise DataError(

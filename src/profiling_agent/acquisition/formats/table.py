@@ -26,7 +26,7 @@ from profiling_agent.acquisition.formats.arrow_rows import ArrowRows, ParquetRow
 from profiling_agent.acquisition.formats.classes import ClassList
 from profiling_agent.acquisition.formats.columns import Choice, Rows, choose_columns
 from profiling_agent.acquisition.formats.folder import IMAGE_SUFFIXES
-from profiling_agent.acquisition.formats.labels import Labels, read_labels
+from profiling_agent.acquisition.formats.labels import HIDDEN, Labels, read_labels
 from profiling_agent.acquisition.formats.text_rows import read_text
 from profiling_agent.errors import DataError
 
@@ -65,10 +65,11 @@ def is_table(path: Path) -> bool:
     return has_text and not folders and not any(n.lower().endswith(IMAGE_SUFFIXES) for n in names)
 
 
-def open_table(path: Path, known: ClassList | None = None) -> Bundle:
+def open_table(path: Path, known: ClassList | None = None, *, has_classes: bool = True) -> Bundle:
     """Parts of a table: images as bytes or paths, texts and pairs of them, or named arrays.
 
-    Label names become the numbers that ``known`` gives them. Raises ``DataError`` for damaged
+    Label names become the numbers that ``known`` gives them; with ``has_classes`` a label of -1 is
+    one that is kept secret, otherwise a number like others. Raises ``DataError`` for damaged
     files, columns and splits that can't be told; ``MissingDependency`` without pyarrow.
     """
     known = known or ClassList()
@@ -80,7 +81,9 @@ def open_table(path: Path, known: ClassList | None = None) -> Bundle:
         part: choose_columns(table.rows, str(path), known.count) for part, table in tables.items()
     }
     labels = read_labels(
-        {part: (table.rows, choices[part].label) for part, table in tables.items()}, known
+        {part: (table.rows, choices[part].label) for part, table in tables.items()},
+        known,
+        HIDDEN if has_classes else (),
     )
     for choice in choices.values():
         notes += [note for note in choice.notes if note not in notes]

@@ -28,9 +28,6 @@ LIBRARY_LOGGERS = ("transformers", "timm", "huggingface_hub")
 PATIENCE_S = 10.0
 """How long to wait for a sign of the network."""
 
-RANDOM = "random"
-"""The value of --weights that asks for a random initialisation."""
-
 
 def import_library(name: str, extra: str) -> ModuleType:
     """The library, imported without its warnings; ``MissingDependency`` with the install line."""

@@ -13,6 +13,8 @@ from torch import nn
 from profiling_agent.records.workload import ImageTransform
 
 HUBS = ("hf", "timm", "torchvision")
+RANDOM_WEIGHTS = "random"
+"""The value of --weights that asks for a random initialisation."""
 
 
 class Tokenizer(Protocol):

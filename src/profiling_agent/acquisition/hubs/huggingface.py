@@ -19,14 +19,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from profiling_agent.acquisition.hubs.calls import (
-    RANDOM,
     first_sentence,
     import_library,
     quiet,
     reaches_hub,
     seeded,
 )
-from profiling_agent.acquisition.hubs.found import FoundModel
+from profiling_agent.acquisition.hubs.found import RANDOM_WEIGHTS, FoundModel
 from profiling_agent.acquisition.hubs.heads import readings
 from profiling_agent.acquisition.hubs.image_processors import translate
 from profiling_agent.acquisition.hubs.imagenet import ids_of
@@ -192,7 +191,7 @@ def _module(
     with place.explaining("architecture"), seeded(), quiet():
         module = auto.from_config(config, trust_remote_code=place.is_trusted)
     module.float().eval()
-    return (module, []) if weights == RANDOM else _with_file(module, Path(weights))
+    return (module, []) if weights == RANDOM_WEIGHTS else _with_file(module, Path(weights))
 
 
 def _loading_notes(report: dict[str, Any], place: _Repository) -> list[str]:

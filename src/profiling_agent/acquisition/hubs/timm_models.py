@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from profiling_agent.acquisition.hubs.calls import (
-    RANDOM,
     cache_only,
     first_sentence,
     import_library,
@@ -19,7 +18,7 @@ from profiling_agent.acquisition.hubs.calls import (
     seeded,
     suggestion,
 )
-from profiling_agent.acquisition.hubs.found import FoundModel
+from profiling_agent.acquisition.hubs.found import RANDOM_WEIGHTS, FoundModel
 from profiling_agent.acquisition.hubs.heads import last_layer, num_classes_in
 from profiling_agent.acquisition.hubs.imagenet import imagenet_classes
 from profiling_agent.acquisition.weights import load_weights
@@ -40,7 +39,7 @@ def find(name: str, weights: str | None = None) -> FoundModel:
         _check_name(timm, name, with_weights=weights is None)
     if weights is None:
         module, notes = _create(timm, name, pretrained=True), ()
-    elif weights == RANDOM:
+    elif weights == RANDOM_WEIGHTS:
         module, notes = _create(timm, name), ()
     else:
         module, notes = _from_file(timm, name, Path(weights))

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from profiling_agent.acquisition.hubs.calls import (
-    RANDOM,
     first_sentence,
     import_library,
     is_reachable,
@@ -20,7 +19,7 @@ from profiling_agent.acquisition.hubs.calls import (
     seeded,
     suggestion,
 )
-from profiling_agent.acquisition.hubs.found import FoundModel
+from profiling_agent.acquisition.hubs.found import RANDOM_WEIGHTS, FoundModel
 from profiling_agent.acquisition.hubs.heads import last_layer, num_classes_in, readings
 from profiling_agent.acquisition.hubs.imagenet import ids_of
 from profiling_agent.acquisition.weights import load_weights
@@ -48,7 +47,7 @@ def find(name: str, weights: str | None = None) -> FoundModel:
     notes: tuple[str, ...] = ()
     if weights is None:
         module = _pretrained(models, architecture, entry)
-    elif weights == RANDOM:
+    elif weights == RANDOM_WEIGHTS:
         module = _create(models, architecture, **_inference_only(architecture))
     else:
         module, notes = _from_file(models, architecture, Path(weights))
