@@ -2,18 +2,51 @@
 
     python -I benchmarks/serve_check.py RUN            the accuracy, to the last digit
     python -I benchmarks/serve_check.py RUN prepare    samples a second that are prepared
+    python -I benchmarks/serve_check.py ARTEFACT alone INPUTS.npy LOGITS.npy    writes logits
 
+Only the artefact's runtime with what that itself requires, numpy and pillow can be imported.
 Opens RUN/artefact through its own serve.py and runs the test split at the deployment's batch size.
 The accuracy (or the agreement with the original's answers) is in percent; preparing is what
 serve.py does to raw arrays before the model gets them.
 """
 
 import json
+import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
-sys.modules["profiling_agent"] = None  # an import would fail from here on
+folder = Path(sys.argv[1])
+folder = folder if "alone" in sys.argv[2:] else folder / "artefact"
+runtime = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["runtime"]
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required_by(names):
+    """Distributions that these need, themselves included, without any extras."""
+    found, waiting = set(), [normal(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needed = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        waiting += [normal(re.match(r"[\w.-]+", n)[0]) for n in needed if "extra ==" not in n]
+    return found
+
+
+allowed = required_by([runtime, "numpy", "pillow"])
+for package, owners in metadata.packages_distributions().items():
+    if not allowed & {normal(owner) for owner in owners}:
+        sys.modules[package] = None  # an import fails from here on
+sys.modules["profiling_agent"] = None
 
 import numpy as np  # noqa: E402
 
@@ -31,7 +64,17 @@ def prepare_rate(model, inputs, size):
     return size / sorted(seconds)[len(seconds) // 2]
 
 
+def alone(inputs, out):
+    sys.path.insert(0, str(folder))
+    import serve
+
+    np.save(out, serve.Model(folder).logits(np.load(inputs)))
+
+
 def main() -> None:
+    if "alone" in sys.argv[2:]:
+        alone(*sys.argv[3:])
+        return
     run = Path(sys.argv[1])
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     names = [spec["name"] for spec in record["workload"]["inputs"]]

@@ -337,7 +337,8 @@ class TestData:
         assert record.preprocessing.mean == (0.5, 0.5, 0.5)
         assert record.preprocessing.scale == 1 / 255
         assert record.task.class_names == ("a", "b", "c")
-        assert record.inputs == (InputSpec(name="x", shape=(3, 8, 6), dtype="float32"),)
+        (spec,) = record.inputs
+        assert spec == InputSpec(name="x", shape=(3, 8, 6), dtype="float32", raw_dtype="uint8")
         assert workload.splits["test"].inputs["x"].dtype == np.uint8
 
     def test_factory_file(self, model_file: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,30 @@ class TestPlanFiles:
         assert words in error
         assert not (tmp_path / "artefact").exists()
 
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"pruning": [{"match": "mlp:.*", "ratio": 0.5}]}, "Pruning"),
+            ({"quantization": {"scheme": "int8-static"}}, "'int8-static'"),
+            ({"quantization": {"scheme": "int8-static-bf16"}}, "'int8-static-bf16'"),
+        ],
+    )
+    def test_plans_that_need_data(
+        self,
+        refuse: Callable[..., str],
+        project: Path,
+        tmp_path: Path,
+        change: dict[str, Any],
+        words: str,
+    ) -> None:
+        plan = tmp_path / "plan.json"
+        plan.write_text(json.dumps({"runtime": "openvino", **change}))
+        arguments = apply(project, plan, tmp_path / "artefact")
+        at = arguments.index("--data")
+        error = refuse(2, *arguments[:at], *arguments[at + 2 :])
+        assert words in error and "pass --data" in error
+        assert not (tmp_path / "artefact").exists()
+
     def test_not_json_and_not_there(
         self, refuse: Callable[..., str], project: Path, tmp_path: Path
     ) -> None:
@@ -216,6 +240,8 @@ def test_a_persons_plan_is_applied_and_measured(project: Path, tmp_path: Path) -
     assert built["achieved"]["widths"] == {"mlp:fc1": [768, 576], "mlp:fc2": [768, 576]}
     assert built["achieved"]["num_int8_layers"] == 2
     assert built["achieved"]["float_layers"] == ["head"]
+    (taken,) = json.loads((out / "manifest.json").read_text())["inputs"]
+    assert (taken["dtype"], taken["raw_dtype"]) == ("float32", "float32")
     record = run(
         "evaluate", str(out), f"{project / 'model.py'}:model",
         "--weights", str(project / "weights.safetensors"),
@@ -224,6 +250,20 @@ def test_a_persons_plan_is_applied_and_measured(project: Path, tmp_path: Path) -
     assert record["accuracy"][0]["num_samples"] > 200
     assert record["accuracy"][0]["drop"]["estimate"] < 10.0
     assert record["speedup"]["over"] == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "scheme"),
+    [("openvino", "int8-static"), ("onnxruntime", "int8-static"), ("torch", "int8-dynamic")],
+)
+def test_libraries_keep_silent(project: Path, tmp_path: Path, runtime: str, scheme: str) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"runtime": runtime, "quantization": {"scheme": scheme}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "profiling_agent.cli", *apply(project, plan, tmp_path / "a")],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_stages_one_by_one(project: Path, tmp_path: Path) -> None:
@@ -275,6 +315,44 @@ def test_no_permission_to_write(project: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 4, done.stderr
     assert "--out" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a size such as ``64k``; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True)
+        except OSError:
+            pytest.skip("there is no mount here")
+        if done.returncode:
+            pytest.skip("nothing may be mounted here")
+        return folder
+
+    yield make
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", ["64k", "2380k"])  # for nothing, and for the model alone
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_a_full_disk_leaves_nothing_behind(
+    refuse: Callable[..., str],
+    project: Path,
+    tmp_path: Path,
+    tiny_disk: Callable[[str], Path],
+    runtime: str,
+    size: str,
+) -> None:
+    disk, plan = tiny_disk(size), tmp_path / "plan.json"
+    plan.write_text(json.dumps({"runtime": runtime}))
+    error = refuse(4, *apply(project, plan, disk / "artefact"))
+    assert "Can't write the artefact" in error and "Free space" in error
+    assert list(disk.iterdir()) == []
 
 
 def test_a_missing_extra_names_the_install_line(

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from profiling_agent.acquisition.demo import DEMO_DATA
 from profiling_agent.acquisition.demo_models import DemoResNet, DemoViT
 from profiling_agent.deployment import artefact as artefact_module
 from profiling_agent.deployment import onnx_runtime
 from profiling_agent.deployment.artefact import baseline_size, build_artefact, open_artefact
-from profiling_agent.deployment.lowered import keeps_float
+from profiling_agent.deployment.lowered import Lowering, keeps_float
 from profiling_agent.deployment.runtimes import RUNTIMES, available
 from profiling_agent.errors import (
     ArtefactError,
@@ -31,6 +33,7 @@ from profiling_agent.errors import (
     StorageError,
     TrialError,
 )
+from profiling_agent.machine.processor import describe_machine
 from profiling_agent.records.common import Deployment, Machine
 from profiling_agent.records.evaluation import Achieved, BuiltArtefact
 from profiling_agent.records.plan import Plan, Quantization
@@ -42,7 +45,10 @@ from profiling_agent.records.workload import (
     WorkloadSource,
 )
 
-SCHEMES = [(name, scheme) for name in RUNTIMES for scheme in ("fp32", "int8-dynamic")]
+SCHEMES = [
+    *((name, scheme) for name in ("torch", "onnxruntime") for scheme in ("fp32", "int8-dynamic")),
+    ("openvino", "fp32"),
+]
 MACHINE = Machine(
     processor="test",
     architecture="x86_64",
@@ -315,7 +321,7 @@ class TestEveryRuntime:
             build(mlp, {"x": torch.randn(2, 12)}, tmp_path / "a", runtime, "int4")
 
 
-@pytest.mark.parametrize("runtime", list(RUNTIMES))
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_demo_models(tmp_path: Path, runtime: str) -> None:
     torch.manual_seed(0)
     vit = DemoViT(width=32, depth=1, num_heads=2).eval()
@@ -327,29 +333,110 @@ def test_demo_models(tmp_path: Path, runtime: str) -> None:
     assert built.parity < 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-def test_torch_int8_equals_quantize_dynamic(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+def test_torch_int8_loses_less_than_quantize_dynamic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    vit = DemoViT(width=32, depth=1, num_heads=2).eval()
-    attending = Attending().eval()
     # The fused path of multi-head attention rounds otherwise and can't take int8 layers.
     monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    encoder = nn.Sequential(layer, nn.Flatten(), nn.Linear(80, 3)).eval()
-    cases = [(vit, (1, 28, 28)), (attending, (5, 16)), (encoder, (5, 16)), (Mlp().eval(), (12,))]
-    for model, shape in cases:
-        build(model, {"x": torch.randn(2, *shape)}, tmp_path / "a", "torch", "int8-dynamic")
-        inputs = torch.randn(batch, *shape)
+    ours, theirs = {1: 0.0, 7: 0.0}, {1: 0.0, 7: 0.0}
+    parities: list[float] = []
+    for seed in range(5):  # with one draw of the weights chance decides
+        torch.manual_seed(seed)
+        vit = DemoViT(width=32, depth=1, num_heads=2).eval()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        encoder = nn.Sequential(layer, nn.Flatten(), nn.Linear(80, 3)).eval()
+        attending, mlp = Attending().eval(), Mlp().eval()
+        cases = [(vit, (1, 28, 28)), (attending, (5, 16)), (encoder, (5, 16)), (mlp, (12,))]
+        for model, shape in cases:
+            set_outputs_apart(model)
+            example = {"x": torch.randn(2, *shape)}
+            built = build(model, example, tmp_path / "a", "torch", "int8-dynamic")
+            assert built.parity is not None
+            parities.append(built.parity)
+            served, torchs = open_artefact(tmp_path / "a", 1), quantized_by_torch(model)
+            for batch in (1, 7):
+                for _ in range(8):
+                    inputs = torch.randn(batch, *shape)
+                    with torch.inference_mode():
+                        exact, other = first(model(inputs)), first(torchs(inputs))
+                    ours[batch] += float(np.abs(served.logits(inputs.numpy()) - exact).mean())
+                    theirs[batch] += float(np.abs(other - exact).mean())
+    for batch in (1, 7):
+        assert 0.0 < ours[batch] <= theirs[batch]
+    # Each computes as its reference does, but a value on the edge may be rounded to either side.
+    assert np.quantile(parities, 0.9) < 1e-6
+    assert max(parities) < 1e-3
+
+
+@torch.no_grad()
+def set_outputs_apart(model: nn.Module) -> None:
+    """Give the outputs of linear layers weights of unlike size, as training does.
+
+    The largest weight of an output is, in the median, 0.4 of the layer's in ViT-Tiny and 0.5 to 0.7
+    in the demo's ViT; before training all are alike, and a scale for each gains nothing.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight.mul_(0.25 ** torch.rand(module.out_features, 1))
+
+
+def test_torch_int8_of_a_trained_model_loses_a_quarter_less(tmp_path: Path) -> None:
+    vit = DemoViT().eval()
+    vit.load_state_dict(load_file(DEMO_DATA.parent / "vit.safetensors"))
+    with np.load(DEMO_DATA, allow_pickle=False) as data:
+        mean, std = float(data["mean"][0]), float(data["std"][0])
+        images = (torch.tensor(data["x_search"][:60]).float() / 255 - mean) / std
+    build(vit, {"x": images[:2, None]}, tmp_path / "a", "torch", "int8-dynamic")
+    served, torchs = open_artefact(tmp_path / "a", 1), quantized_by_torch(vit)
+    ours, theirs = 0.0, 0.0
+    for image in images[:, None, None]:
         with torch.inference_mode():
-            expected = quantized_by_torch(model)(inputs)
-        expected = expected[0] if isinstance(expected, tuple) else expected
-        logits = open_artefact(tmp_path / "a", 1).logits(inputs.numpy())
-        assert np.array_equal(logits, expected.numpy())
+            exact = vit(image)
+            theirs += float((torchs(image) - exact).abs().mean())
+        ours += float(np.abs(served.logits(image.numpy()) - exact.numpy()).mean())
+    assert 0.0 < ours <= 0.75 * theirs
 
 
-@pytest.mark.parametrize("runtime", list(RUNTIMES))
+@pytest.mark.parametrize(
+    ("features", "largest"), [(("avx2", "avx512_vnni"), 128), (("avx2",), 64), (("asimddp",), 128)]
+)
+def test_torch_weights_have_seven_bits_where_sums_saturate(
+    mlp: nn.Module, tmp_path: Path, features: tuple[str, ...], largest: int
+) -> None:
+    architecture = "aarch64" if "asimddp" in features else "x86_64"
+    machine = MACHINE.model_copy(update={"features": features, "architecture": architecture})
+    lowering = Lowering(
+        quantization=Quantization(scheme="int8-dynamic"), machine=machine, deployment=Deployment()
+    )
+    lowered = RUNTIMES["torch"].lower(mlp, {"x": torch.randn(2, 12)}, lowering, tmp_path)
+    stored = load_file(tmp_path / "weights.safetensors")
+    weights = [value for name, value in stored.items() if name.endswith(".int8")]
+    assert len(weights) == 3
+    assert {int(weight.int().abs().max()) for weight in weights} <= {largest - 1, largest}
+    assert any("seven bits" in note for note in lowered.notes) == (largest == 64)
+
+
+def test_sums_of_torch_int8_do_not_saturate(tmp_path: Path) -> None:
+    if "int8-dynamic" in (refused := RUNTIMES["torch"].refused(describe_machine())):
+        pytest.skip(refused["int8-dynamic"])
+    model = nn.Sequential(nn.Linear(63, 33))
+    with torch.no_grad():  # the largest sums there are
+        model[0].weight.fill_(0.5)
+        model[0].weight[1::2] = -0.5
+    inputs = 1 - 0.1 * torch.rand(5, 63)
+    build(model.eval(), {"x": inputs[:2]}, tmp_path / "a", "torch", "int8-dynamic")
+    with torch.inference_mode():
+        expected = model(inputs).numpy()
+    for batch in (1, 5):
+        error = open_artefact(tmp_path / "a", 1).logits(inputs[:batch].numpy()) - expected[:batch]
+        assert np.abs(error).max() < 0.01 * np.abs(expected).max()
+
+
+def first(output: Any) -> np.ndarray:
+    return (output[0] if isinstance(output, tuple) else output).numpy()
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_shared_and_special_layers(tmp_path: Path, runtime: str) -> None:
     torch.manual_seed(0)
     model = Attending().eval()
@@ -381,7 +468,7 @@ def test_tied_weight_is_stored_once_in_each_form(tmp_path: Path) -> None:
     floats = 4 * (256 + 16 + 16)
     assert build(model, example, tmp_path / "a", "torch", "fp32").weight_bytes == floats
     kept = build(model, example, tmp_path / "b", "torch", "int8-dynamic", None, ("second",))
-    assert kept.weight_bytes == floats + 256
+    assert kept.weight_bytes == floats + 256 + 4 * 16, "a byte a weight, a scale an output"
     assert kept.achieved.num_int8_layers == 1
     assert kept.achieved.float_layers == ("second",)
 
@@ -468,7 +555,7 @@ def test_missing_runtime(mlp: nn.Module, tmp_path: Path, monkeypatch: pytest.Mon
     )
     with pytest.raises(MissingDependency, match=r'pip install "profiling-agent\[cpu\]"'):
         build(mlp, {"x": torch.randn(2, 12)}, tmp_path / "b", "onnxruntime", "fp32")
-    with pytest.raises(MissingDependency, match=r"profiling-agent\[cpu\]"):
+    with pytest.raises(MissingDependency, match="pip install onnxruntime"):
         open_artefact(tmp_path / "a", 1)
     offers = {offer.runtime: offer for offer in available(MACHINE)}
     assert offers["onnxruntime"].schemes == ()

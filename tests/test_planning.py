@@ -36,7 +36,7 @@ from profiling_agent.planning.estimate import (
 from profiling_agent.planning.history import Pair, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
 from profiling_agent.planning.solver import KL_PER_POINT, allowance_bracket, solve
-from profiling_agent.records.common import Budget, Interval
+from profiling_agent.records.common import Budget, Interval, NotMeasured
 from profiling_agent.records.evaluation import Speedup
 from profiling_agent.records.patterns import assign, matches, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
@@ -613,6 +613,23 @@ def test_a_runtime_that_is_missing_says_why() -> None:
     assert check_plan(plan(runtime="torch"), profile) == (
         "The runtime 'torch' can't be used here (not installed); none that is known can be."
     )
+
+
+def test_a_scheme_that_this_processor_is_no_good_for_says_why() -> None:
+    offer = RuntimeSchemes(
+        runtime="torch",
+        version="2.13.0",
+        schemes=("fp32", "int8-dynamic"),
+        refused=(NotMeasured(what="bf16", reason="this processor has no bfloat16 products"),),
+    )
+    profile = profile_of(runtimes=(offer,))
+    wanted = plan(runtime="torch", quantization=Quantization(scheme="bf16"))
+    assert check_plan(wanted, profile) == (
+        "The runtime 'torch' does not offer 'bf16' here: this processor has no bfloat16 products; "
+        "choose one of fp32, int8-dynamic."
+    )
+    unknown = plan(runtime="torch", quantization=Quantization(scheme="int4"))
+    assert "no scheme 'int4'; choose one of fp32, int8-dynamic" in str(check_plan(unknown, profile))
 
 
 # ---- patterns -----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The command line: one subcommand per stage, and no logic.
 
-Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11, problems found by check 12; what was given can't be
-used 2, a missing extra 3, a folder that can't be written 4, a plan that can't be carried out 5, an
-interrupted run 130.
+Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11, problems found by check or measure 12; what was
+given can't be used 2, a missing extra 3, a folder that can't be written 4, a plan that can't be
+carried out 5, an interrupted run 130.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog=(
-        "Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11, problems found by check 12; unusable "
-        "input 2, missing extra 3, folder not writable 4, plan can't be carried out 5, interrupted "
-        "130."
+        "Exit codes: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11, problems found by check or measure 12; "
+        "unusable input 2, missing extra 3, folder not writable 4, plan can't be carried out 5, "
+        "interrupted 130."
     ),
 )
 
@@ -235,8 +235,12 @@ def optimize(
     threads: Threads = None,
     planner: Annotated[str, typer.Option(help="solver, uniform, random or greedy")] = "solver",
     runtime: Annotated[
-        str, typer.Option(help="torch, onnxruntime or all, comma separated")
-    ] = "all",
+        str,
+        typer.Option(
+            help="auto (every one that is installed), or some of openvino, onnxruntime and torch, "
+            "comma separated"
+        ),
+    ] = "auto",
     evidence: Annotated[
         EvidenceLevel, typer.Option(help="measured, or demand proven")
     ] = EvidenceLevel.measured,
@@ -420,6 +424,31 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    artefact: Annotated[Path, typer.Argument(help="an artefact folder", metavar="ARTEFACT")],
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="batch size of the deployment [as it was built for]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="threads of the deployment [as it was built for]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="file for the measurement record")] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Measure an artefact on the machine it is to run on; needs neither torch nor data."""
+    from profiling_agent.measuring import measure as measure_artefact
+    from profiling_agent.records.store import write_text
+    from profiling_agent.report.measure_view import render_measurement
+
+    record = measure_artefact(artefact, batch_size=batch_size, threads=threads)
+    if out is not None:
+        write_text(out, record.to_json())
+    _show(record.to_json() if json else None, lambda: render_measurement(record))
+    raise typer.Exit(0 if record.agrees else 12)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN")],
     json: Json = False,
@@ -512,7 +541,7 @@ def _runtimes(text: str) -> tuple[str, ...]:
     from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
 
     names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if names == ("all",):
+    if names in (("auto",), ("all",)):
         return tuple(RUNTIMES)
     for name in names:
         require_runtime(name)

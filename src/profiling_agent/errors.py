@@ -13,8 +13,8 @@
 
 Messages say what to do next; inside the loop a ``TrialError`` becomes a FAILED trial.
 Verdicts have exit codes too: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11; 12 says that ``check`` found
-problems. An internal fault exits with 1, an interrupted run with 130. ``UserError`` and its kin are
-``ValueError`` as well.
+problems, or ``measure`` other answers than those of the build. An internal fault exits with 1, an
+interrupted run with 130. ``UserError`` and its kin are ``ValueError`` as well.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.deployment.artefact import check_artefact
+from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import ArtefactError, BudgetError, ModelError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import FINAL, Protocol, Race, race

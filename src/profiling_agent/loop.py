@@ -37,18 +37,21 @@ from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.check import check_budget, check_plan
 from profiling_agent.planning.decide import best_control
+from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
+from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
 from profiling_agent.records.common import DEFAULT_DROP, NotMeasured
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.plan import Plan, Quantization
-from profiling_agent.records.profile import Profile
+from profiling_agent.records.profile import DeployedProfile, Profile
 from profiling_agent.records.store import RunStore, read_array, write_array, write_text
 from profiling_agent.records.trial import (
     Rejection,
     RunRecord,
     RunSettings,
+    Trial,
 )
 from profiling_agent.report.live import Progress, SilentProgress, quiet
 from profiling_agent.run_state import (
@@ -65,12 +68,19 @@ from profiling_agent.trial import (
     TrialRunner,
     WorkerBuilder,
 )
+from profiling_agent.widths import measure_deployed_widths
 
 PROFILE_SHARE = 0.2
 MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
 """What a profile takes at least: seconds, and forwards of the original on a sample."""
 MAX_OUTPUT_BYTES = 2e9
 """Of one split's outputs, which are held in memory."""
+LIKELY_FIRST = ("openvino", "onnxruntime", "torch")
+"""Controls go in the order in which runtimes are usually fast, in case the time runs out."""
+DEPLOYED_SHARE = 0.05
+"""Of the time budget, for the operator times of the controls."""
+WIDTHS_SHARE, MIN_WIDTHS_S = 0.15, 10.0
+"""Of the time budget, for widths in the runtimes; with less than so many seconds there are none."""
 PATIENCE = 5
 """Trials without a better feasible plan after which the search stops."""
 
@@ -219,7 +229,7 @@ class _Run:
             memory_limit=self.memory_limit,
         )
         self._controls(runner)
-        profile = self._profile(builder)
+        profile = self._profile(builder, runner)
         if profile is not None:
             self._search(runner, profile)
         builder.close()
@@ -323,9 +333,14 @@ class _Run:
     def _controls(self, runner: TrialRunner) -> None:
         """Every runtime's off-the-shelf artefacts: what the user gets without us."""
         done = {trial.plan.plan_id for trial in self.state.trials}
-        for offer in available(self.machine):
+        offers = sorted(
+            available(self.machine), key=lambda offer: LIKELY_FIRST.index(offer.runtime)
+        )
+        for offer in offers:
             if offer.runtime not in self.settings.runtimes:
                 continue
+            for refused in offer.refused:
+                self._warn(f"{offer.runtime} {refused.what} is left out: {refused.reason}.")
             if offer.version is None:
                 self._warn(f"{offer.runtime} is {offer.reason}; it often is faster.")
             for scheme in offer.schemes:
@@ -364,7 +379,7 @@ class _Run:
             num_calls, call_s, relative * call_s, self.budget.time_s, num_artefacts
         )
 
-    def _profile(self, builder: Builder) -> Profile | None:
+    def _profile(self, builder: Builder, runner: TrialRunner) -> Profile | None:
         """The profile, or ``None`` with a warning: then the controls are all there is to choose."""
         if self.store.profile.exists() and self.state.profile_path is not None:
             profile = Profile.read(self.store.profile)
@@ -377,6 +392,7 @@ class _Run:
                 "--time-budget."
             )
             return None
+        deployed = self._deployed()
         self.progress.stage("profiling", "costs, groups, sensitivity")
         seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, left))
         try:
@@ -390,10 +406,59 @@ class _Run:
             return None
         finally:
             builder.pause()
+        profile = self._with_widths(runner, profile.model_copy(update={"deployed": deployed}))
         write_text(self.store.profile, profile.to_json())
         self.state.profile_path = self.store.profile.name
         self.store.journal.append("profile", {"path": self.store.profile.name})
         return profile
+
+    def _deployed(self) -> tuple[DeployedProfile, ...]:
+        """Operator times of the int8 controls and their float counterparts, the fastest first."""
+        ends = self.store.journal.clock() + DEPLOYED_SHARE * self.budget.time_s
+
+        def profile(trial: Trial) -> DeployedProfile | None:
+            self.progress.stage("profiling", f"the operators of {trial.label}")
+            try:
+                return profile_artefact(
+                    self.store.trial(trial.trial_id),
+                    self.store.data / "calibration",
+                    self.deployment,
+                    memory_limit=self.memory_limit,
+                )
+            except TrialError as error:
+                self._warn(f"The operators of {trial.label} could not be timed: {error}")
+                return None
+
+        return profile_pairs(
+            controls_to_profile(self.state.trials),
+            profile,
+            has_time=lambda: self.store.journal.clock() <= ends,
+        )
+
+    def _with_widths(self, runner: TrialRunner, profile: Profile) -> Profile:
+        """The profile with widths timed in the runtimes that are likely to serve."""
+        left = self.left - self._reserve()
+        seconds = min(WIDTHS_SHARE * self.budget.time_s, 0.5 * left)
+        if not profile.groups or seconds < MIN_WIDTHS_S:
+            return profile
+        self.progress.stage("profiling", "widths in the runtimes that are likely to serve")
+        with quiet(self.progress):
+            tables, missing = measure_deployed_widths(
+                runner,
+                profile,
+                likely_to_serve(self.state.trials, self.budget),
+                self.store.trial("width"),
+                self.store.data / "calibration",
+                control_folder=self.store.trial,
+                seconds=seconds,
+                call_s=self._call_s(),
+            )
+        return profile.model_copy(
+            update={
+                "deployed_widths": tables,
+                "not_measured": (*profile.not_measured, *missing),
+            }
+        )
 
     def _search(self, runner: TrialRunner, profile: Profile) -> None:
         """Propose, check, try, until time, trials, ideas or progress run out."""

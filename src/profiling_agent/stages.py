@@ -14,7 +14,7 @@ from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.deployment.artefact import check_artefact, read_manifest
+from profiling_agent.deployment.opened import check_artefact, read_manifest
 from profiling_agent.deployment.runtimes import require_runtime
 from profiling_agent.errors import ArtefactError, DataError, PlanError
 from profiling_agent.evaluation.judge import find_judge
@@ -101,22 +101,34 @@ def apply(
 ) -> BuiltArtefact:
     """Carry a plan out and leave the artefact in ``out``.
 
-    Raises ``PlanError`` with the reason when the plan doesn't fit the model, before anything is
-    touched; ``TrialError`` when it can't be carried out.
+    Raises ``PlanError`` with the reason when the plan doesn't fit the model, and ``DataError`` when
+    it needs data and there are none, before anything is touched; ``TrialError`` when it can't be
+    carried out.
     """
     deployment = deployment or Deployment()
     require_runtime(plan.runtime)
     with workload_of(request, seed) as (workload, _folder):
-        if plan.pruning and "search" not in workload.splits:
-            raise DataError(
-                "Pruning chooses and repairs units on calibration data; pass --data (labels are "
-                "not looked at)."
-            )
+        if "search" not in workload.splits:
+            _demand_no_data(plan)
         known = profile_workload(
             workload, describe_machine(), deployment, with_sensitivity=False, with_widths=False
         )
         demand_plan(plan, known)
         return LocalBuilder(workload).build(plan, out, deployment)
+
+
+def _demand_no_data(plan: Plan) -> None:
+    """``DataError`` for what random inputs would steer into nonsense."""
+    if plan.pruning:
+        raise DataError(
+            "Pruning chooses and repairs units on calibration data; pass --data (labels are "
+            "not looked at)."
+        )
+    if plan.quantization.is_static:
+        raise DataError(
+            f"The scheme {plan.quantization.scheme!r} takes the ranges of activations from "
+            "calibration data; pass --data (labels are not looked at)."
+        )
 
 
 def evaluate(

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from profiling_agent.acquisition.acquire import reopen
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.deployment.artefact import build_artefact
+from profiling_agent.deployment.lowered import Calibration
 from profiling_agent.errors import ProfilingAgentError, StorageError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import TRIAL, Race, race
@@ -50,6 +51,8 @@ from profiling_agent.records.trial import Trial
 
 BUILD_TIMEOUT_S = 1800.0
 MIN_TIMEOUT_S = 60.0
+QUANTIZATION_SAMPLES = 300
+"""Calibration samples that static quantization looks at, as NNCF does by default."""
 PROFILE_GRACE_S = 120.0
 """For opening the model and for costs, which are measured in full however long that takes."""
 
@@ -112,7 +115,14 @@ class LocalBuilder:
             )
             record = self._workload.record
             return build_artefact(
-                compressed.model, record, example, plan, achieved, folder, deployment
+                compressed.model,
+                record,
+                example,
+                plan,
+                achieved,
+                folder,
+                deployment,
+                calibration_of(self._workload),
             )
 
     @cached_property
@@ -124,6 +134,22 @@ class LocalBuilder:
 
     def close(self) -> None:
         pass
+
+
+def calibration_of(workload: Workload) -> Calibration | None:
+    """The workload's calibration samples as static quantization reads them; None without data."""
+    split = workload.splits.get("calibration")
+    if split is None:
+        return None
+    num_samples = min(split.info.num_samples, QUANTIZATION_SAMPLES)
+
+    def batches(size: int) -> Iterator[dict[str, np.ndarray]]:
+        whole = max(size, num_samples // size * size)
+        for raw, _labels in split.batches(size, whole):
+            tensors = workload.tensors(raw)
+            yield {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    return Calibration(num_samples=num_samples, batches=batches)
 
 
 class WorkerBuilder:

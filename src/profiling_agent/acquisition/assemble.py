@@ -344,13 +344,18 @@ class Assembly:
         model = self.model.module
         infos: list[SplitInfo] = [split.info for split in splits.values()]
         stored = [*model.parameters(), *model.buffers()]
+        raw = next(iter(splits.values())).inputs
+        inputs = (
+            spec.model_copy(update={"raw_dtype": str(raw[spec.name].dtype)})
+            for spec in resolved.inputs
+        )
         return WorkloadRecord(
             name=_name(model, self.source),
             source=self.source,
             num_parameters=sum(p.numel() for p in model.parameters()),
             weight_bytes=sum(t.numel() * t.element_size() for t in stored),
             model_sha256=hash_weights(model),
-            inputs=resolved.inputs,
+            inputs=tuple(inputs),
             preprocessing=resolved.preprocessing,
             task=task,
             splits=tuple(infos),

@@ -15,6 +15,7 @@ from profiling_agent.acquisition.workload import Workload, compute_logits
 from profiling_agent.compression.group import Kept
 from profiling_agent.compression.groups import Discovery, find_groups
 from profiling_agent.compression.importance import removal_order
+from profiling_agent.compression.recast import recast
 from profiling_agent.compression.repair import recalibrate_batch_norms, repair_consumers
 from profiling_agent.compression.statistics import Moments, consumers_of, gather_moments
 from profiling_agent.compression.surgery import NewWeights, remove_units
@@ -45,8 +46,12 @@ class Compressor:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        self.model = workload.model
         self._orders: dict[tuple[str, Importance], np.ndarray] = {}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model that is cut: the workload's own, or an equal one (``recast.py``)."""
+        return recast(self.workload.model, self.workload.example(2))
 
     @cached_property
     def discovery(self) -> Discovery:
@@ -100,7 +105,7 @@ class Compressor:
         Raises ``TrialError`` when the result does not run, or gives numbers that are not finite.
         """
         kept = self.select(plan)
-        smaller = copy.deepcopy(self.model)
+        smaller = copy.deepcopy(self.model if kept else self.workload.model)
         if kept:
             remove_units(smaller, self.discovery.groups, kept, self.repaired(kept, plan.repair))
             self._check(smaller)
@@ -123,7 +128,7 @@ class Compressor:
         widths = {group.id: group.width for group in self.discovery.groups} if kept else {}
         return Achieved(
             num_parameters=_count(smaller),
-            original_parameters=_count(self.model),
+            original_parameters=_count(self.workload.model),
             macs=None,
             original_macs=None,
             kept={key: tuple(int(i) for i in units) for key, units in kept.items()},

@@ -39,7 +39,7 @@ def repair_consumers(
     if method == "none":
         return {}
     repaired: dict[str, NewWeights] = {}
-    for (name, axis), gone in removed_indices(groups, kept).items():
+    for (name, axis, _, _), gone in removed_indices(groups, kept).items():
         if axis == "in" and name in moments:
             layer = model.get_submodule(name)
             repaired[name] = _refit(layer, gone, moments[name], method)

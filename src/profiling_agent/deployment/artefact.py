@@ -19,23 +19,31 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from profiling_agent.deployment.exporting import first_line
-from profiling_agent.deployment.lowered import Lowered, Runtime
-from profiling_agent.deployment.runtimes import INSTALL_LINES, get_runtime
+from profiling_agent.deployment.lowered import Calibration, Lowered, Lowering, Runtime
+from profiling_agent.deployment.opened import (
+    MANIFEST,
+    PACKAGES,
+    SERVE,
+    CheckInputs,
+    check_artefact,
+    feed_of,
+)
+from profiling_agent.deployment.runtimes import get_runtime
+from profiling_agent.deployment.telemetry import no_telemetry
 from profiling_agent.errors import ArtefactError, MissingDependency, StorageError, TrialError
-from profiling_agent.records.base import Record, describe_faults
+from profiling_agent.machine.processor import describe_machine
+from profiling_agent.records.base import Record
 from profiling_agent.records.common import Deployment
 from profiling_agent.records.evaluation import Achieved, BuiltArtefact
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.workload import WorkloadRecord
 
-MANIFEST, PLAN, SERVE = "manifest.json", "plan.json", "serve.py"
+PLAN = "plan.json"
 PARITY_TOLERANCE = 1e-3
 _SERVING = Path(__file__).parent / "serving"
-_PACKAGES = {"torch": ("torch", "numpy"), "onnxruntime": ("onnxruntime", "numpy")}
 _serial = itertools.count()
 
 
@@ -61,6 +69,7 @@ def build_artefact(
     achieved: Achieved,
     folder: Path,
     deployment: Deployment,
+    calibration: Calibration | None = None,
 ) -> BuiltArtefact:
     """Lower a model by its plan into ``folder`` and return what lies there.
 
@@ -78,8 +87,14 @@ def build_artefact(
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
+            lowering = Lowering(
+                quantization=plan.quantization,
+                machine=describe_machine(),
+                deployment=deployment,
+                calibration=calibration,
+            )
             built = _build(
-                runtime, model, workload, example, plan, achieved, draft, deployment, started
+                runtime, model, workload, example, plan, achieved, draft, lowering, started
             )
             draft.chmod(0o755)
             _move(draft, folder)
@@ -107,58 +122,6 @@ def open_artefact(folder: Path, threads: int | None = None) -> ServedModel:
         raise ArtefactError(
             f"The artefact {str(folder)!r} can't be opened: {first_line(error)}. Build it again."
         ) from error
-
-
-def check_artefact(folder: Path) -> BuiltArtefact:
-    """What the manifest says was built, once all files and the runtime are known to be there.
-
-    Raises ``ArtefactError`` or ``MissingDependency``.
-    """
-    built = read_built(folder)
-    runtime = built.runtime
-    for package in _PACKAGES.get(runtime, ()):
-        if importlib.util.find_spec(package) is None:
-            raise MissingDependency(
-                f"The artefact {str(folder)!r} needs {package}. "
-                f"Install with: {INSTALL_LINES.get(runtime, f'pip install {package}')}"
-            )
-    for name in (SERVE, *built.model_files):
-        if not (folder / name).is_file():
-            raise ArtefactError(
-                f"The artefact {str(folder)!r} has no {name!r}. Copy the whole folder again."
-            )
-    return built
-
-
-def read_built(folder: Path) -> BuiltArtefact:
-    """The part of the manifest that says what was built; ``ArtefactError`` when it is damaged."""
-    try:
-        return BuiltArtefact.model_validate(read_manifest(folder)["built"])
-    except ValidationError as error:
-        raise ArtefactError(
-            f"The manifest in {str(folder)!r} is damaged: {describe_faults(error)}. Build the "
-            "artefact again."
-        ) from None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """``manifest.json`` as a dict, or ``ArtefactError``."""
-    if not folder.is_dir():
-        raise ArtefactError(f"There is no folder {str(folder)!r}. Pass an artefact's folder.")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(
-            f"{str(folder)!r} is not an artefact: its {MANIFEST!r} can't be read ({error}). Pass a "
-            "folder that holds one."
-        ) from None
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != 1 or not isinstance(manifest.get("built"), dict):
-        raise ArtefactError(
-            f"The manifest in {str(folder)!r} has schema {version!r} and this version reads 1. "
-            "Build the artefact again."
-        )
-    return manifest
 
 
 def baseline_size(model: nn.Module) -> int:
@@ -204,10 +167,11 @@ def _build(
     plan: Plan,
     achieved: Achieved,
     draft: Path,
-    deployment: Deployment,
+    lowering: Lowering,
     started: float,
 ) -> BuiltArtefact:
-    lowered = runtime.lower(model, example, plan.quantization, draft)
+    deployment = lowering.deployment
+    lowered = runtime.lower(model, example, lowering, draft)
     shutil.copyfile(_SERVING / f"serve_{runtime.name}.py", draft / SERVE)
     (draft / PLAN).write_text(plan.to_json(), encoding="utf-8")
     built = BuiltArtefact(
@@ -220,16 +184,18 @@ def _build(
             update={
                 "num_int8_layers": len(lowered.int8_layers),
                 "float_layers": lowered.float_layers,
+                "num_int8_operators": lowered.num_int8_operators,
+                "num_products": lowered.num_products,
             }
         ),
         parity=None,
         seconds=0.0,
     )
-    _write_manifest(draft, built, lowered, workload, deployment)
-    parity = _check_parity(runtime, model, example, plan, draft, lowered, deployment)
+    _write_manifest(draft, built, lowered, workload, lowering, None)
+    parity, check = _check_parity(runtime, model, example, plan, draft, lowered, deployment)
     seconds = round(time.monotonic() - started, 3)
     built = built.model_copy(update={"parity": parity, "seconds": seconds})
-    _write_manifest(draft, built, lowered, workload, deployment)
+    _write_manifest(draft, built, lowered, workload, lowering, check)
     return built
 
 
@@ -238,7 +204,8 @@ def _write_manifest(
     built: BuiltArtefact,
     lowered: Lowered,
     workload: WorkloadRecord,
-    deployment: Deployment,
+    lowering: Lowering,
+    check: CheckInputs | None,
 ) -> None:
     manifest = {
         "schema_version": 1,
@@ -254,9 +221,11 @@ def _write_manifest(
         "batch_size": lowered.fixed_batch,
         "int8_layers": list(lowered.int8_layers),
         "notes": list(lowered.notes),
-        "deployment": _dump(deployment),
+        "deployment": _dump(lowering.deployment),
+        "machine": _dump(lowering.machine),
+        "check": check.model_dump(mode="json") if check is not None else None,
         "kept": {group: list(units) for group, units in built.achieved.kept.items()},
-        "versions": {package: metadata.version(package) for package in _PACKAGES[built.runtime]},
+        "versions": {package: metadata.version(package) for package in PACKAGES[built.runtime]},
         "built": _dump(built),
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
@@ -275,11 +244,12 @@ def _check_parity(
     draft: Path,
     lowered: Lowered,
     deployment: Deployment,
-) -> float | None:
+) -> tuple[float | None, CheckInputs]:
     """Largest absolute difference of the reloaded artefact's logits to the reference's.
 
     ``TrialError`` when it is not small beside the logits, when a value is not finite or when the
-    shape is another; None for a scheme without an exact reference.
+    shape is another; None for a scheme without an exact reference. And what the artefact answers
+    to inputs that anyone can make again.
     """
     threads = torch.get_num_threads()
     try:
@@ -295,7 +265,8 @@ def _check_parity(
         for inputs in _parity_inputs(example, lowered.fixed_batch):
             difference = _difference(runtime, model, inputs, plan, served, lowered)
             parity = None if difference is None or parity is None else max(parity, difference)
-        return parity
+        arrays = {name: value.numpy() for name, value in example.items()}
+        return parity, CheckInputs.like(arrays).answered_by(served)
     finally:
         torch.set_num_threads(threads)
 
@@ -315,7 +286,7 @@ def _difference(
     lowered: Lowered,
 ) -> float | None:
     arrays = tuple(np.ascontiguousarray(value.numpy()) for value in inputs.values())
-    prepared = _as_prepared(served, arrays)
+    prepared = feed_of(served, arrays)
     try:
         logits = served.run(prepared)
     except Exception as error:  # a runtime raises what it likes
@@ -349,13 +320,6 @@ def _difference(
     return difference
 
 
-def _as_prepared(served: ServedModel, arrays: tuple[np.ndarray, ...]) -> Any:
-    names = getattr(served, "names", None)
-    if names is not None:
-        return dict(zip(names, arrays, strict=True))
-    return tuple(torch.from_numpy(array) for array in arrays)
-
-
 def _import_serve(path: Path) -> ModuleType:
     name = f"profiling_agent_served_{next(_serial)}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -365,7 +329,8 @@ def _import_serve(path: Path) -> ModuleType:
     write_bytecode = sys.dont_write_bytecode
     sys.dont_write_bytecode = True  # an artefact holds what its manifest says and nothing else
     try:
-        spec.loader.exec_module(module)
+        with no_telemetry():
+            spec.loader.exec_module(module)
     finally:
         sys.dont_write_bytecode = write_bytecode
     return module

@@ -3,7 +3,8 @@
 A saved ``.pt2`` archive embeds the example inputs, needs pickle and takes a second and a hundred
 megabytes to open. The same graph as source needs none of that, can be read, and runs faster than
 the modules it came from: no module calls, weights bound once, batch norms folded into the
-convolutions before them, dropouts and shape guards gone.
+convolutions before them, dropouts and shape guards gone. A comment at the end of a line names the
+module it was traced in, ``(model)`` the model's own forward.
 """
 
 from __future__ import annotations
@@ -71,24 +72,37 @@ _ASSERTIONS = (
     "aten.sym_constrain_range_for_size",
 )
 _CONVOLUTIONS = {"aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default"}
+# Matrix products and convolutions, counted by the operator's name without its overload.
+_PRODUCTS = {
+    *(f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")),
+    *(f"aten.{kind}{axes}d" for kind in ("conv", "conv_transpose") for axes in (1, 2, 3)),
+    *("aten.convolution", "aten.bilinear", "aten.scaled_dot_product_attention"),
+}
 _WHOLE_AXIS = 2**63 - 1
+#: The comment at lines of the model's own forward, whose dotted name is empty.
+ROOT_COMMENT = "(model)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Weight:
-    """A weight stored as int8 under ``stored``, with its one scale."""
+    """A weight stored as int8 under ``stored``, with its scales (out,) under ``scales``."""
 
     stored: str
-    scale: float
+    scales: str
 
 
 @dataclass(kw_only=True)
 class GraphSource:
-    """The text of ``graph.py`` and the names of the tensors and int8 weights it asks for."""
+    """The text of ``graph.py``, the names of the tensors it asks for, and what it multiplies.
+
+    ``num_int8`` of ``num_products`` matrix products and convolutions run in int8; an attention
+    (its two products) counts as one.
+    """
 
     text: str
     tensors: frozenset[str]
-    int8_nodes: int
+    num_int8: int
+    num_products: int
 
 
 @dataclass(kw_only=True)
@@ -99,7 +113,8 @@ class _Writer:
     bound: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: set[str] = field(default_factory=set)
-    int8_nodes: int = 0
+    num_int8: int = 0
+    num_products: int = 0
 
     def bind(self, expression: str, hint: str) -> str:
         """A name in the closure, made from the hint, for an expression that is evaluated once."""
@@ -114,6 +129,16 @@ class _Writer:
     def weight(self, name: str) -> str:
         self.tensors.add(name)
         return self.bind(f"weights.tensor({name!r})", f"w_{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One line of the forward: the value it makes, those it uses, the module it came from."""
+
+    line: str
+    made: str | None
+    used: set[str]
+    module: str | None
 
 
 def parameter_targets(program: ExportedProgram) -> dict[str, str]:
@@ -132,13 +157,22 @@ def parameter_targets(program: ExportedProgram) -> dict[str, str]:
     return targets
 
 
+# torch's word where a pass of its own made the node.
+_NO_STACK = "_empty_nn_module_stack"
+
+
 def owner(node: fx.Node) -> str | None:
-    """Dotted name, in the user's model, of the innermost module that a node was traced in."""
+    """Dotted name, in the user's model, of the innermost module that a node was traced in.
+
+    Empty for the model itself, None where the exporter doesn't tell.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
     path = str(list(stack.values())[-1][0]).split("@")[0]
-    return path.removeprefix(WRAPPER_PREFIX)
+    if path.startswith(_NO_STACK):
+        return None
+    return f"{path}.".removeprefix(WRAPPER_PREFIX).removesuffix(".")
 
 
 def write_graph(
@@ -150,7 +184,7 @@ def write_graph(
 
     ``names`` maps placeholders of weights to the names they are stored under; ``int8`` tells which
     ``aten.linear`` nodes multiply by an int8 weight. Raises ``TrialError`` naming an operator that
-    can't be written.
+    can't be written and the module it came from.
     """
     if any(s.kind is not OutputKind.USER_OUTPUT for s in program.graph_signature.output_specs):
         raise TrialError(
@@ -184,7 +218,10 @@ def write_graph(
         "",
     ]
     return GraphSource(
-        text="\n".join(lines), tensors=frozenset(writer.tensors), int8_nodes=writer.int8_nodes
+        text="\n".join(lines),
+        tensors=frozenset(writer.tensors),
+        num_int8=writer.num_int8,
+        num_products=writer.num_products,
     )
 
 
@@ -212,7 +249,10 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and str(node.target).startswith(_ASSERTIONS):
             if node.users:
-                raise TrialError(f"The model uses the result of {node.target}.")
+                raise TrialError(
+                    f"The operator '{node.target}'{_place(node)} can't be written into an "
+                    "artefact, because its result is used. Remove it from the model."
+                )
             graph.erase_node(node)
     graph.eliminate_dead_code()
 
@@ -226,7 +266,7 @@ def _write_body(
     env: dict[fx.Node, str] = {}
     weights: dict[fx.Node, str] = {}
     parameters: list[str] = []
-    steps: list[tuple[str, str | None, set[str]]] = []
+    steps: list[_Step] = []
 
     def show(value: Any) -> str:
         return _literal(value, lambda node: _value(node, env, weights, writer))
@@ -242,19 +282,23 @@ def _write_body(
         used = {env[n] for n in node.all_input_nodes if n in env}
         if node.op == "output":
             (result,) = _outputs(node)
-            steps.append((f"return {show(result)}", None, used))
+            line = f"return {show(result)}"
+            steps.append(_Step(line=line, made=None, used=used, module=None))
             continue
         if node.op == "get_attr":  # the body of a block; the operator that runs it is refused
             continue
         if node.op != "call_function":
-            raise TrialError(f"The exported graph has a {node.op!r} node that can't be written.")
+            raise TrialError(
+                f"The exported graph has a {node.op!r} node{_place(node)} that can't be written."
+            )
         same = _same_value(node, env)
         if same is not None:
             env[node] = same
             continue
         expression = _call(node, writer, weights, show, int8)
         env[node] = f"v_{node.name}"
-        steps.append((f"{env[node]} = {expression}", env[node], used))
+        line = f"{env[node]} = {expression}"
+        steps.append(_Step(line=line, made=env[node], used=used, module=owner(node)))
     return parameters, _with_releases(steps)
 
 
@@ -273,17 +317,16 @@ def _value(
     return writer.weight(weights[node]) if node in weights else env[node]
 
 
-def _with_releases(steps: list[tuple[str, str | None, set[str]]]) -> list[str]:
+def _with_releases(steps: list[_Step]) -> list[str]:
     """The lines, with values deleted after their last use, so that peak memory stays eager's."""
-    last: dict[str, int] = {}
-    for index, (_, made, used) in enumerate(steps):
-        for name in used | ({made} if made else set()):
-            last[name] = index
-    lines = []
-    for index, (line, made, used) in enumerate(steps):
-        lines.append(line)
-        ending = sorted(name for name in used | ({made} if made else set()) if last[name] == index)
-        if ending and not line.startswith("return "):
+    touched = [step.used | ({step.made} if step.made else set()) for step in steps]
+    last = {name: index for index, names in enumerate(touched) for name in names}
+    lines: list[str] = []
+    for index, (step, names) in enumerate(zip(steps, touched, strict=True)):
+        comment = "" if step.module is None else f"  # {step.module or ROOT_COMMENT}"
+        lines.append(f"{step.line}{comment}")
+        ending = sorted(name for name in names if last[name] == index)
+        if ending and step.made is not None:
             lines.append(f"del {', '.join(ending)}")
     return lines
 
@@ -331,6 +374,7 @@ def _call(
     int8: Callable[[fx.Node], Int8Weight | None],
 ) -> str:
     target = str(node.target)
+    writer.num_products += target.rpartition(".")[0] in _PRODUCTS
     if node.target is operator.getitem:
         return f"{show(node.args[0])}[{show(node.args[1])}]"
     if target == "aten.sym_size.int":
@@ -351,8 +395,8 @@ def _function(node: fx.Node, writer: _Writer) -> str:
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace not in ("aten", "prims"):
             raise TrialError(
-                f"The operator '{target.namespace}::{target._opname}' is not torch's own, so the "
-                "artefact couldn't run without its library. Replace it in the model."
+                f"The operator '{target.namespace}::{target._opname}'{_place(node)} is not torch's "
+                "own, so the artefact couldn't run without its library. Replace it in the model."
             )
         expression = _DIRECT.get(str(target), f"torch.ops.{target}")
         return writer.bind(expression, expression.removeprefix("torch.ops."))
@@ -362,9 +406,17 @@ def _function(node: fx.Node, writer: _Writer) -> str:
     if module in ("math", "torch"):
         return writer.bind(f"{module}.{name}", f"{module}_{name}")
     raise TrialError(
-        f"The operator {name!r} of the exported graph can't be written into an artefact. Replace "
-        "it in the model (control flow, autocast and custom operators are not supported)."
+        f"The operator {name!r}{_place(node)} can't be written into an artefact. Replace it in the "
+        "model (control flow, autocast and custom operators are not supported)."
     )
+
+
+def _place(node: fx.Node) -> str:
+    """Where a node came from, for a message; empty where the exporter doesn't tell."""
+    module = owner(node)
+    if module is None:
+        return ""
+    return f" in module {module!r}" if module else " in the model's own forward"
 
 
 def _int8_call(
@@ -377,16 +429,16 @@ def _int8_call(
     bias = _argument(node, 2, "bias")
     bias_name = None if bias is None else weights[bias]
     writer.tensors.add(quantized.stored)
+    writer.tensors.add(quantized.scales)
     if bias_name is not None:
         writer.tensors.add(bias_name)
-    writer.int8_nodes += 1
+    writer.num_int8 += 1
     packed = writer.bind(
-        f"weights.int8_linear({quantized.stored!r}, {quantized.scale!r}, {bias_name!r})",
+        f"weights.int8_linear({quantized.stored!r}, {quantized.scales!r}, {bias_name!r})",
         f"q_{quantized.stored}",
     )
     function = writer.bind("torch.ops.quantized.linear_dynamic.default", "linear_dynamic")
-    # The last argument is reduce_range, as torch.ao.nn.quantized.dynamic.Linear calls it.
-    return f"{function}({show(node.args[0])}, {packed}, True)"
+    return f"{function}({show(node.args[0])}, {packed})"
 
 
 def _folded_call(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from profiling_agent.deployment.lowered import Lowered, Runtime
 from profiling_agent.deployment.onnx_runtime import INSTALL_LINE, OnnxRuntime
+from profiling_agent.deployment.openvino_runtime import OpenVinoRuntime
 from profiling_agent.deployment.torch_runtime import TorchRuntime
 from profiling_agent.errors import MissingDependency, PlanError
-from profiling_agent.records.common import Machine
+from profiling_agent.records.common import Machine, NotMeasured
 from profiling_agent.records.profile import RuntimeSchemes
 
 __all__ = [
@@ -19,8 +20,16 @@ __all__ = [
     "require_runtime",
 ]
 
-RUNTIMES: dict[str, Runtime] = {"torch": TorchRuntime(), "onnxruntime": OnnxRuntime()}
-INSTALL_LINES: dict[str, str] = {"torch": "pip install torch", "onnxruntime": INSTALL_LINE}
+RUNTIMES: dict[str, Runtime] = {
+    "torch": TorchRuntime(),
+    "onnxruntime": OnnxRuntime(),
+    "openvino": OpenVinoRuntime(),
+}
+INSTALL_LINES: dict[str, str] = {
+    "torch": "pip install torch",
+    "onnxruntime": INSTALL_LINE,
+    "openvino": INSTALL_LINE,
+}
 
 
 def get_runtime(name: str) -> Runtime:
@@ -47,6 +56,11 @@ def available(machine: Machine) -> tuple[RuntimeSchemes, ...]:
 def _offer(runtime: Runtime, machine: Machine) -> RuntimeSchemes:
     version = runtime.version()
     reason = "" if version else f"not installed; {INSTALL_LINES[runtime.name]}"
+    refused = runtime.refused(machine) if version else {}
     return RuntimeSchemes(
-        runtime=runtime.name, version=version, schemes=runtime.schemes(machine), reason=reason
+        runtime=runtime.name,
+        version=version,
+        schemes=runtime.schemes(machine),
+        reason=reason,
+        refused=tuple(NotMeasured(what=name, reason=why) for name, why in refused.items()),
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from profiling_agent.acquisition.workload import Workload
 from profiling_agent.errors import TrialError
 from profiling_agent.machine.child import Child
 from profiling_agent.records.common import Deployment
+
+if TYPE_CHECKING:
+    from profiling_agent.acquisition.workload import Workload
 
 OPEN_TIMEOUT_S = 300.0
 BLOCK_TIMEOUT_S = 300.0
@@ -85,6 +87,15 @@ class ProbeProcess:
         batch_size = self._deployment.batch_size
         request = {"method": "prepare", "split": str(split), "batch_size": batch_size}
         self._child.ask(request, OPEN_TIMEOUT_S)
+
+    def check(self, folder: Path) -> list[float]:
+        """What an artefact answers to the check inputs of its manifest; they are timed next."""
+        request = {
+            "method": "check",
+            "folder": str(folder),
+            "batch_size": self._deployment.batch_size,
+        }
+        return self._child.ask(request, OPEN_TIMEOUT_S)["answers"]
 
     def time_block(self, seconds: float, min_calls: int, warmup: int) -> list[float]:
         request = {

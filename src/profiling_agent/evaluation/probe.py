@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from profiling_agent.deployment.telemetry import no_telemetry
 from profiling_agent.machine.child import die_with_parent
 
 
@@ -39,7 +40,8 @@ class Probe:
         self._empty_bytes: int | None = None
 
     def open_artefact(self, folder: str, runtime: str, threads: int) -> dict[str, Any]:
-        importlib.import_module(runtime)
+        with no_telemetry():
+            importlib.import_module(runtime)
         self._empty_bytes = _status_bytes("RssAnon")
         spec = importlib.util.spec_from_file_location("artefact_serve", Path(folder) / "serve.py")
         assert spec is not None and spec.loader is not None
@@ -79,6 +81,16 @@ class Probe:
         raw = {name: np.asarray(array[rows]) for name, array in inputs.items()}
         self._prepared = self._model.prepare(raw)
         return {}
+
+    def check(self, folder: str, batch_size: int) -> dict[str, Any]:
+        """Answers to the check inputs of an artefact's manifest; they become what is timed."""
+        from profiling_agent.deployment.opened import check_inputs_of, feed_of
+
+        assert self._model is not None
+        check = check_inputs_of(Path(folder))
+        answers = check.answered_by(self._model).answers
+        self._prepared = feed_of(self._model, check.draw(batch_size))
+        return {"answers": list(answers)}
 
     def time_block(self, seconds: float, min_calls: int, warmup: int) -> dict[str, Any]:
         """Milliseconds of each call; the first ``warmup`` calls are not in it."""

@@ -61,18 +61,26 @@ def _runtime(plan: Plan, profile: Profile) -> str | None:
 def _quantization(plan: Plan, profile: Profile) -> str | None:
     scheme, schemes = plan.quantization.scheme, profile.schemes(plan.runtime)
     if scheme not in schemes:
-        return (
-            f"The runtime {plan.runtime!r} has no scheme {scheme!r} on this processor; "
-            f"choose one of {', '.join(schemes)}."
-        )
-    names = [module.name for module in profile.modules if module.type.endswith("Linear")]
+        choice = f"choose one of {', '.join(schemes)}"
+        for refused in profile.refused(plan.runtime):
+            if refused.what == scheme:
+                return (
+                    f"The runtime {plan.runtime!r} does not offer {scheme!r} here: "
+                    f"{refused.reason}; {choice}."
+                )
+        return f"The runtime {plan.runtime!r} has no scheme {scheme!r}; {choice}."
+    names = [module.name for module in profile.modules if _is_product(module.type)]
     for pattern in plan.quantization.keep_float:
         try:
             if not matches(pattern, names):
-                return _matches_nothing("keep_float", pattern, "linear layer", names)
+                return _matches_nothing("keep_float", pattern, "linear layer or convolution", names)
         except PlanError as error:
             return str(error)
     return None
+
+
+def _is_product(kind: str) -> bool:
+    return kind.endswith("Linear") or kind in ("Conv1d", "Conv2d", "Conv3d")
 
 
 def _pruning(plan: Plan, profile: Profile) -> str | None:

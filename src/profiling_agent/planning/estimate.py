@@ -11,10 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from profiling_agent.planning.history import Pair, controls, pair_of, relative_latency
+from profiling_agent.planning.history import (
+    Pair,
+    controls,
+    is_feasible,
+    pair_of,
+    relative_latency,
+)
+from profiling_agent.records.common import Budget
 from profiling_agent.records.patterns import assign, matches, units_kept
 from profiling_agent.records.plan import Plan
-from profiling_agent.records.profile import GroupCost, Profile
+from profiling_agent.records.profile import GroupCost, LayerQuantization, Profile
 from profiling_agent.records.trial import Trial
 
 
@@ -27,7 +34,7 @@ class Option:
     kl: float
 
 
-def group_options(profile: Profile, group: GroupCost) -> list[Option]:
+def group_options(profile: Profile, group: GroupCost, pair: Pair | None = None) -> list[Option]:
     """The measured options of a group, mildest first; those that save nothing are left out.
 
     Divergence may not fall, and saving may not shrink, as the ratio grows: noise is levelled.
@@ -36,25 +43,42 @@ def group_options(profile: Profile, group: GroupCost) -> list[Option]:
     kl = saved = 0.0
     for point in sorted(group.sensitivity, key=lambda p: p.ratio):
         kl = max(kl, point.kl)
-        saved = max(saved, saved_share(profile, group, point.ratio))
+        saved = max(saved, saved_share(profile, group, point.ratio, pair))
         if saved > 1e-4 and units_kept(group.width, point.ratio) < group.width:
             options.append(Option(ratio=point.ratio, saved=saved, kl=kl))
     return options
 
 
-def saved_share(profile: Profile, group: GroupCost, ratio: float) -> float:
+def saved_share(
+    profile: Profile, group: GroupCost, ratio: float, pair: Pair | None = None
+) -> float:
     """Share of the whole model's time saved by pruning this group by ``ratio``, interpolated.
 
-    From the measured widths of the group's shape; where there are none, the group's share of the
-    multiply-accumulates stands in.
+    From what the pair's own runtime and scheme measured of the group's shape, else from the widths
+    in eager mode; where there are neither, the group's share of the multiply-accumulates stands in.
     """
     kept = units_kept(group.width, ratio)
+    deployed = _deployed_points(profile, group, pair)
+    if deployed:
+        return max(0.0, _interpolate({group.width: 0.0} | deployed, kept))
     if group.widths and profile.total is not None:
         points = {group.width: 0.0} | {p.width: p.saved_ms for p in group.widths}
         return max(0.0, _interpolate(points, kept)) / profile.total.median_ms
     if profile.total_macs == 0:
         return 0.0
     return (group.width - kept) * group.macs_per_unit / profile.total_macs
+
+
+def _deployed_points(profile: Profile, group: GroupCost, pair: Pair | None) -> dict[int, float]:
+    if pair is None:
+        return {}
+    return {
+        point.width: point.saved
+        for table in profile.deployed_widths
+        if (table.runtime, table.scheme) == (pair.runtime, pair.scheme)
+        and table.shape_class == group.shape_class
+        for point in table.points
+    }
 
 
 def _interpolate(points: Mapping[int, float], width: int) -> float:
@@ -84,15 +108,15 @@ class LayerGain:
 def layer_gains(profile: Profile, history: Sequence[Trial], pair: Pair) -> list[LayerGain]:
     """The gain of int8, measured between the runtime's controls, shared out over the layers.
 
-    Each layer's part follows its own measured gain in eager mode; before there are controls, that
-    gain itself is used. Empty for a float scheme, or when just one of the two controls is missing.
+    Each layer's part follows what its own runtime measured of it (``profile.deployed``), else its
+    gain in eager mode, else its share of the multiply-accumulates; before there are controls, the
+    gain in eager mode itself is used. Negative where int8 makes a layer slower. Empty for a scheme
+    in which layers can't be chosen, or when just one of the two controls is missing.
     """
-    if not pair.scheme.startswith("int8"):
+    layers = layers_of(profile, pair.scheme)
+    if not layers:
         return []
-    gains = {
-        layer.name: max(0.0, (layer.float_ms or 0.0) - (layer.int8_ms or 0.0))
-        for layer in profile.layers
-    }
+    gains = _deployed_gains(profile, pair, layers) or _eager_gains(profile, layers)
     total = sum(gains.values())
     difference = _measured_gain(history, pair)
     if not controls(history) and profile.total is not None:
@@ -102,16 +126,96 @@ def layer_gains(profile: Profile, history: Sequence[Trial], pair: Pair) -> list[
     return [
         LayerGain(
             name=layer.name,
-            saved=difference * gains[layer.name] / total if total else 0.0,
+            saved=difference * gains[layer.name] / total if total > 0 else 0.0,
             kl=max(layer.kl, 0.0),
         )
-        for layer in profile.layers
+        for layer in layers
     ]
+
+
+def layers_of(profile: Profile, scheme: str) -> list[LayerQuantization]:
+    """The layers that a scheme quantizes one by one, as measured for its kind of int8."""
+    kind = next((k for k in ("int8-dynamic", "int8-static") if scheme.startswith(k)), None)
+    return [layer for layer in profile.layers if layer.scheme == kind]
+
+
+def float_counterpart(pair: Pair) -> Pair:
+    """The scheme in which layers kept float compute."""
+    scheme = "bf16" if pair.scheme.endswith("bf16") else "fp32"
+    return Pair(runtime=pair.runtime, scheme=scheme)
+
+
+def controls_to_profile(history: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
+    """Int8 controls whose layers can be chosen, each after its float one, the fastest pair first.
+
+    One float control may stand in several pairs.
+    """
+    measured = controls(history)
+    pairs: list[tuple[Trial, Trial]] = []
+    for pair, trial in sorted(measured.items(), key=lambda item: relative_latency(item[1]) or 9e9):
+        whole = measured.get(float_counterpart(pair))
+        kinds = ("int8-dynamic", "int8-static")
+        if whole is not None and pair.scheme.startswith(kinds) and relative_latency(trial):
+            pairs.append((whole, trial))
+    return pairs
+
+
+LIKELY = 2
+"""Controls whose runtime and scheme are worth width tables of their own."""
+
+
+def likely_to_serve(history: Sequence[Trial], budget: Budget) -> list[Trial]:
+    """The fastest controls that a plan could start from: feasible ones, and int8 ones in any case.
+
+    An int8 scheme over the budget can keep layers float; a float one can't be saved by pruning.
+    """
+    usable = [
+        trial
+        for pair, trial in controls(history).items()
+        if relative_latency(trial) is not None
+        and (is_feasible(trial, budget) or pair.scheme.startswith("int8"))
+    ]
+    return sorted(usable, key=lambda trial: relative_latency(trial) or 0.0)[:LIKELY]
+
+
+SLOWER = 0.1
+"""Int8 makes a layer slower when it takes this share more than float; below, it is noise."""
+
+
+def _deployed_gains(
+    profile: Profile, pair: Pair, layers: Sequence[LayerQuantization]
+) -> dict[str, float]:
+    """Milliseconds that int8 saves each layer in the runtime itself; empty without both profiles.
+
+    A layer that the runtime's graph no longer shows gains nothing that can be told.
+    """
+    times = {(d.runtime, d.scheme): d.module_ms() for d in profile.deployed}
+    whole = times.get((pair.runtime, float_counterpart(pair).scheme))
+    small = times.get((pair.runtime, pair.scheme))
+    if whole is None or small is None:
+        return {}
+    gains: dict[str, float] = {}
+    for layer in layers:
+        before, after = whole.get(layer.name), small.get(layer.name)
+        gain = before - after if before is not None and after is not None else 0.0
+        is_slower = before is not None and gain < -SLOWER * before
+        gains[layer.name] = gain if is_slower else max(0.0, gain)
+    return gains if sum(gains.values()) > 0 else {}
+
+
+def _eager_gains(profile: Profile, layers: Sequence[LayerQuantization]) -> dict[str, float]:
+    if all(layer.float_ms is not None and layer.int8_ms is not None for layer in layers):
+        return {
+            layer.name: max(0.0, (layer.float_ms or 0.0) - (layer.int8_ms or 0.0))
+            for layer in layers
+        }
+    macs = {module.name: float(module.macs) for module in profile.modules}
+    return {layer.name: macs.get(layer.name, 0.0) for layer in layers}
 
 
 def _measured_gain(history: Sequence[Trial], pair: Pair) -> float | None:
     measured = controls(history)
-    whole, small = measured.get(Pair(runtime=pair.runtime, scheme="fp32")), measured.get(pair)
+    whole, small = measured.get(float_counterpart(pair)), measured.get(pair)
     float_time = relative_latency(whole) if whole else None
     int8_time = relative_latency(small) if small else None
     return None if float_time is None or int8_time is None else float_time - int8_time
@@ -135,10 +239,10 @@ def predict_kl(profile: Profile, plan: Plan) -> float:
     groups = {group.id: group for group in profile.groups}
     for group_id, line in assign(plan, tuple(groups)).items():
         total += _kl_at(groups[group_id], line.ratio)
-    if plan.quantization.scheme.startswith("int8"):
-        names = [layer.name for layer in profile.layers]
-        kept = {n for pattern in plan.quantization.keep_float for n in matches(pattern, names)}
-        total += sum(max(layer.kl, 0.0) for layer in profile.layers if layer.name not in kept)
+    layers = layers_of(profile, plan.quantization.scheme)
+    names = [layer.name for layer in layers]
+    kept = {n for pattern in plan.quantization.keep_float for n in matches(pattern, names)}
+    total += sum(max(layer.kl, 0.0) for layer in layers if layer.name not in kept)
     return total
 
 
@@ -153,8 +257,9 @@ def _kl_at(group: GroupCost, ratio: float) -> float:
 def predict_saved_share(profile: Profile, plan: Plan) -> float:
     """Sum of the shares of time that the plan's pruning saves, at most 0.95."""
     groups = {group.id: group for group in profile.groups}
+    pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
     shares = (
-        saved_share(profile, groups[group_id], line.ratio)
+        saved_share(profile, groups[group_id], line.ratio, pair)
         for group_id, line in assign(plan, tuple(groups)).items()
     )
     return min(0.95, sum(shares))

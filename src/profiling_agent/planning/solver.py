@@ -218,7 +218,7 @@ def solve(
         options = {group_id: choices for group_id, choices in options.items() if choices}
         chosen = _knapsack(options, _gains_by_parameters(profile, gains), 1.0, allowance)
     else:
-        options = {group.id: group_options(profile, group) for group in profile.groups}
+        options = {group.id: group_options(profile, group, pair) for group in profile.groups}
         options = {group_id: choices for group_id, choices in options.items() if choices}
         chosen = _knapsack(options, gains, scale, allowance)
     if chosen is None:

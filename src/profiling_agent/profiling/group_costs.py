@@ -22,20 +22,25 @@ def describe_group(model: nn.Module, group: Group, modules: Mapping[str, ModuleC
     times: list[float] = []
     for member in group.members:
         layer, cost = model.get_submodule(member.module), modules[member.module]
+        if member.tensor is not None:
+            tensor = getattr(layer, member.tensor)
+            share = member.units.shape[1] / tensor.shape[member.dim]
+            parameters += tensor.numel() * share if isinstance(tensor, nn.Parameter) else 0
+            continue
         share = member.units.shape[1] / _axis_size(layer, member.axis)
         macs += cost.macs * share
         parameters += _owned_parameters(layer, member.axis) * share
         if cost.self_time is not None:
             times.append(cost.self_time.median_ms)
-    if group.kind == "heads":
-        for name in {attribute.module for attribute in group.attributes}:
-            macs += modules[name].self_macs / group.width if name in modules else 0
+    if group.kind == "heads":  # the products between activations belong to no layer
+        inside = {stated.module for stated in group.sizes if stated.owned.any()}
+        macs += sum(modules[name].self_macs / group.width for name in inside if name in modules)
     return GroupCost(
         id=group.id,
         kind=group.kind,
         root=group.root,
         width=group.width,
-        members=tuple(member.module for member in group.members),
+        members=tuple(dict.fromkeys(member.module for member in group.members)),
         macs_per_unit=round(macs),
         parameters_per_unit=round(parameters),
         self_ms=sum(times) if times else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -71,21 +72,26 @@ def _join(static: StaticCosts, peaks: PeakMemory, dynamic: DynamicCosts) -> tupl
     return tuple(_join_one(counted, peaks, dynamic) for counted in static.modules)
 
 
+def untimed(counted: ModuleCount) -> ModuleCost:
+    """What is counted of a module, without any time or peak."""
+    return ModuleCost(
+        **{field.name: getattr(counted, field.name) for field in fields(counted)},
+        total=None,
+        self_time=None,
+        share=None,
+        peak_activation_bytes=None,
+    )
+
+
 def _join_one(counted: ModuleCount, peaks: PeakMemory, dynamic: DynamicCosts) -> ModuleCost:
     time = dynamic.modules.get(counted.name)
-    return ModuleCost(
-        name=counted.name,
-        type=counted.type,
-        num_calls=counted.num_calls,
-        macs=counted.macs,
-        self_macs=counted.self_macs,
-        num_parameters=counted.num_parameters,
-        weight_bytes=counted.weight_bytes,
-        output_bytes=counted.output_bytes,
-        total=time.total if time else None,
-        self_time=time.self_time if time else None,
-        share=time.self_time.median_ms / dynamic.total.median_ms if time else None,
-        peak_activation_bytes=peaks.modules.get(counted.name),
+    return untimed(counted).model_copy(
+        update={
+            "total": time.total if time else None,
+            "self_time": time.self_time if time else None,
+            "share": time.self_time.median_ms / dynamic.total.median_ms if time else None,
+            "peak_activation_bytes": peaks.modules.get(counted.name),
+        }
     )
 
 

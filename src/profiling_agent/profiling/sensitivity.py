@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from profiling_agent.records.patterns import units_kept
 from profiling_agent.records.plan import Importance, Repair
 from profiling_agent.records.profile import GroupCost, LayerQuantization, SensitivityPoint
 
-MIN_IMAGES, MAX_IMAGES = 32, 256
+MIN_IMAGES, MAX_IMAGES = 32, 96
 BATCH = 32
+RUINED = 0.5
+"""Share of changed answers beyond which a group is not cut any further."""
 
 
 class Divergence:
@@ -98,7 +101,10 @@ def group_sensitivity(
     importance: Importance = "obs",
     repair: Repair = "least-squares",
 ) -> tuple[SensitivityPoint, ...]:
-    """Divergence at each level of one group, mildest first."""
+    """Divergence at each level of one group, mildest first.
+
+    Ends after the first level at which most answers are others: no plan would go as far.
+    """
     points: list[SensitivityPoint] = []
     groups = compressor.discovery.groups
     for ratio in levels(cost):
@@ -114,6 +120,8 @@ def group_sensitivity(
                 num_images=divergence.num_images,
             )
         )
+        if changed > RUINED:
+            break
     return tuple(points)
 
 
@@ -142,6 +150,102 @@ def layer_sensitivity(
             )
         )
     return LayerQuantization(name=name, kl=kl, kl_error=error, float_ms=float_ms, int8_ms=int8_ms)
+
+
+class StaticInt8:
+    """Static int8 of one layer at a time, simulated in eager mode as the runtimes compute it.
+
+    Inputs are rounded to 256 steps between the least and the largest value seen in calibration,
+    weights to 255 steps per output channel. ``names`` are linear layers and convolutions.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        self._model = model
+        self._ranges: dict[str, tuple[float, float]] = {}
+        self._errors: dict[str, float] = {}
+        self._observe(names, batches)
+
+    def worst_first(self) -> list[str]:
+        """Names of the layers that are called, by the error that int8 makes at their output."""
+        return sorted(self._errors, key=lambda name: -self._errors[name])
+
+    def sensitivity(self, name: str, divergence: Divergence) -> LayerQuantization:
+        """Divergence of the outputs with this layer alone in int8."""
+        layer = self._model.get_submodule(name)
+        weight = layer.weight
+        handle = layer.register_forward_pre_hook(
+            lambda _layer, args: (self._rounded(name, args[0]), *args[1:])
+        )
+        try:
+            layer.weight = nn.Parameter(_rounded_weight(weight), requires_grad=False)  # pyright: ignore
+            kl, error, _changed = divergence.measure()
+        finally:
+            layer.weight = weight
+            handle.remove()
+        return LayerQuantization(
+            name=name, scheme="int8-static", kl=kl, kl_error=error, float_ms=None, int8_ms=None
+        )
+
+    def _observe(self, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Ranges of the inputs over all batches, then errors of the outputs on the first."""
+        handles = [
+            self._model.get_submodule(name).register_forward_pre_hook(self._seer(name))
+            for name in names
+        ]
+        self._run(batches, handles)
+        handles = [
+            self._model.get_submodule(name).register_forward_hook(self._judge(name))
+            for name in self._ranges
+        ]
+        self._run(batches[:1], handles)
+
+    def _run(self, batches: Sequence[Mapping[str, Tensor]], handles: Sequence[Any]) -> None:
+        try:
+            with torch.inference_mode():
+                for batch in batches:
+                    compute_logits(self._model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _seer(self, name: str) -> Any:
+        def see(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                low, high = self._ranges.get(name, (0.0, 0.0))  # zero must stay exact
+                self._ranges[name] = (
+                    min(low, float(args[0].min())),
+                    max(high, float(args[0].max())),
+                )
+
+        return see
+
+    def _judge(self, name: str) -> Any:
+        def judge(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            weight, small = layer.weight, _rounded_weight(layer.weight)  # pyright: ignore
+            x = self._rounded(name, args[0])
+            if isinstance(layer, nn.Linear):
+                again = F.linear(x, small, layer.bias)
+            else:
+                again = layer._conv_forward(x, small, layer.bias)  # pyright: ignore
+            spread = float(output.var()) if output.numel() > 1 else 0.0
+            assert weight.shape == small.shape
+            self._errors[name] = float((again - output).square().mean()) / max(spread, 1e-30)
+
+        return judge
+
+    def _rounded(self, name: str, x: Tensor) -> Tensor:
+        low, high = self._ranges[name]
+        scale = max(high - low, 1e-12) / 255
+        return torch.fake_quantize_per_tensor_affine(x, scale, round(-low / scale), 0, 255)
+
+
+def _rounded_weight(weight: Tensor) -> Tensor:
+    """A weight (out, ...) rounded to -127 to 127 steps of each output channel's own scale."""
+    scale = weight.detach().abs().flatten(1).amax(1).clamp_min(1e-30) / 127
+    scale = scale.reshape([-1] + [1] * (weight.dim() - 1))
+    return (weight.detach() / scale).round() * scale
 
 
 @contextmanager

@@ -6,24 +6,26 @@ from collections.abc import Mapping
 
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.compression.compress import Compressor
-from profiling_agent.deployment.lowered import plain_linears
+from profiling_agent.deployment.lowered import plain_linears, product_layers
 from profiling_agent.deployment.runtimes import available
 from profiling_agent.machine.clock import now
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.profiling.group_costs import describe_group, levels
 from profiling_agent.profiling.latency_tables import measure_widths
-from profiling_agent.profiling.profile import profile_costs
+from profiling_agent.profiling.profile import profile_costs, untimed
 from profiling_agent.profiling.sensitivity import (
     Divergence,
+    StaticInt8,
     affordable_images,
     calibration_inputs,
     group_sensitivity,
     layer_sensitivity,
 )
+from profiling_agent.profiling.static import count
 from profiling_agent.records.common import Deployment, Machine, NotMeasured
 from profiling_agent.records.profile import GroupCost, LayerQuantization, Profile, WidthPoint
 
-WIDTHS_SHARE, LAYERS_SHARE = 0.3, 0.2
+WIDTHS_SHARE, LAYERS_SHARE, STATIC_SHARE = 0.3, 0.2, 0.25
 
 
 def profile_workload(
@@ -46,13 +48,16 @@ def profile_workload(
     profile = profile_costs(workload, machine, deployment)
     modules = {module.name: module for module in profile.modules}
     discovery = compressor.discovery
-    costs = [describe_group(workload.model, group, modules) for group in discovery.groups]
+    if compressor.model is not workload.model:  # layers that were written out have no times
+        counted = count(compressor.model, workload.example(deployment.batch_size))
+        modules = {module.name: untimed(module) for module in counted.modules} | modules
+    costs = [describe_group(compressor.model, group, modules) for group in discovery.groups]
     missing = list(profile.not_measured)
     layers: list[LayerQuantization] = []
     with threads(deployment.threads):
         if with_widths:
             tables = measure_widths(
-                workload.model,
+                compressor.model,
                 workload.example(deployment.batch_size),
                 discovery.groups,
                 costs,
@@ -60,7 +65,10 @@ def profile_workload(
             )
             costs = _with_tables(costs, tables, missing)
         if with_sensitivity:
-            costs, layers = _sensitivities(compressor, deployment, costs, missing, start + seconds)
+            kinds = {s for offer in available(machine) for s in offer.schemes}
+            costs, layers = _sensitivities(
+                compressor, deployment, costs, missing, start + seconds, "int8-static" in kinds
+            )
     return profile.model_copy(
         update={
             "groups": tuple(costs),
@@ -89,11 +97,13 @@ def _sensitivities(
     costs: list[GroupCost],
     missing: list[NotMeasured],
     deadline: float,
+    with_static: bool,
 ) -> tuple[list[GroupCost], list[LayerQuantization]]:
     model = compressor.model
     linears = list(plain_linears(model))
+    products = list(product_layers(model)) if with_static else []
     _ = compressor.moments if costs else None  # gathered before the clock is asked
-    num_evaluations = sum(len(levels(cost)) for cost in costs) + len(linears)
+    num_evaluations = sum(len(levels(cost)) for cost in costs) + len(linears) + len(products)
     left = max(1.0, deadline - now())
     images = affordable_images(compressor, num_evaluations, left)
     divergence = Divergence(
@@ -106,6 +116,9 @@ def _sensitivities(
             missing.append(NotMeasured(what=f"int8 of {name}", reason="profiling time ran out"))
         else:
             layers.append(layer_sensitivity(model, example, name, divergence))
+    if products:
+        ends = min(deadline, now() + STATIC_SHARE * left)
+        layers += _static_layers(compressor, products, divergence, images, ends, missing)
     measured: dict[str, GroupCost] = {}
     for cost in sorted(costs, key=lambda c: -c.macs_per_unit * c.width):
         if now() > deadline:
@@ -116,3 +129,23 @@ def _sensitivities(
         points = group_sensitivity(compressor, divergence, cost)
         measured[cost.id] = cost.model_copy(update={"sensitivity": points})
     return [measured[cost.id] for cost in costs], layers
+
+
+def _static_layers(
+    compressor: Compressor,
+    names: list[str],
+    divergence: Divergence,
+    images: int,
+    deadline: float,
+    missing: list[NotMeasured],
+) -> list[LayerQuantization]:
+    """Static int8 of single layers, those with the largest error of their own first."""
+    static = StaticInt8(compressor.model, names, calibration_inputs(compressor, images))
+    layers: list[LayerQuantization] = []
+    for name in static.worst_first():
+        if now() > deadline:
+            reason = "the profiling time ran out; layers with larger errors were measured"
+            missing.append(NotMeasured(what=f"static int8 of {name}", reason=reason))
+        else:
+            layers.append(static.sensitivity(name, divergence))
+    return layers

@@ -68,6 +68,10 @@ class Achieved(Record):
     widths: dict[str, tuple[int, int]] = Field(description="group id to (before, after)")
     num_int8_layers: int
     float_layers: tuple[str, ...] = ()
+    num_int8_operators: int | None = Field(
+        default=None, description="products and convolutions in int8, counted by the runtime"
+    )
+    num_products: int | None = Field(default=None, description="all products and convolutions")
 
 
 class BuiltArtefact(Record):

@@ -35,6 +35,11 @@ class Quantization(Record):
     keep_float: tuple[str, ...] = Field(default=(), max_length=1000)
     why: str = Field(default="", max_length=2000)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the ranges of activations are fixed beforehand, from calibration samples."""
+        return self.scheme.startswith("int8-static")
+
 
 class Plan(Record):
     """One complete proposal. The first matching pruning line wins.

@@ -54,6 +54,27 @@ class WidthPoint(Record):
     high_ms: float
 
 
+class SharePoint(Record):
+    """Share of an artefact's time saved when one group of a shape has ``width`` units left.
+
+    With its 95 % interval; negative where the narrower model was slower.
+    """
+
+    width: int
+    saved: float
+    low: float
+    high: float
+
+
+class DeployedWidths(Record):
+    """Time against width of one shape, in a runtime and scheme, from whole artefacts that raced."""
+
+    runtime: str
+    scheme: str
+    shape_class: str
+    points: tuple[SharePoint, ...]
+
+
 class SensitivityPoint(Record):
     """Mean divergence KL(original || pruned) of the output distributions, after repair."""
 
@@ -91,9 +112,10 @@ class FrozenGroup(Record):
 
 
 class LayerQuantization(Record):
-    """What dynamic int8 does to one layer alone."""
+    """What int8 does to one layer alone: divergence of the outputs, and eager times if measured."""
 
     name: str
+    scheme: Literal["int8-dynamic", "int8-static"] = "int8-dynamic"
     kl: float
     kl_error: float
     float_ms: float | None
@@ -107,6 +129,46 @@ class RuntimeSchemes(Record):
     version: str | None
     schemes: tuple[str, ...]
     reason: str = Field(default="", description="why there is none")
+    refused: tuple[NotMeasured, ...] = Field(
+        default=(), description="schemes it has but not on this processor, with the reason"
+    )
+
+
+class OperatorCost(Record):
+    """One operator of a deployed graph, as its runtime runs it after its own fusions."""
+
+    name: str
+    type: str = Field(description="the runtime's word, such as Convolution or MatMul")
+    precision: str | None = Field(description="what it computes in, such as f32 or i8")
+    ms: float = Field(description="median time per call, at the deployment's batch size")
+    module: str | None = Field(
+        description="dotted name of the module it came from, empty for the model itself; None when "
+        "the runtime's graph does not tell"
+    )
+
+
+class DeployedProfile(Record):
+    """Where an artefact's time goes, according to the runtime that executes it.
+
+    ``total_ms`` is the median of whole calls while nothing is profiled; the operators' times are
+    the runtime's own, in other calls, and may add up to more. ``unmapped_ms`` is the time of
+    operators whose module is not known.
+    """
+
+    runtime: str
+    scheme: str
+    deployment: Deployment
+    total_ms: float
+    unmapped_ms: float
+    operators: tuple[OperatorCost, ...]
+
+    def module_ms(self) -> dict[str, float]:
+        """Milliseconds by module, of the operators that could be mapped."""
+        times: dict[str, float] = {}
+        for operator in self.operators:
+            if operator.module is not None:
+                times[operator.module] = times.get(operator.module, 0.0) + operator.ms
+        return times
 
 
 class Profile(Record):
@@ -126,6 +188,8 @@ class Profile(Record):
     frozen: tuple[FrozenGroup, ...] = ()
     layers: tuple[LayerQuantization, ...] = ()
     runtimes: tuple[RuntimeSchemes, ...] = ()
+    deployed: tuple[DeployedProfile, ...] = ()
+    deployed_widths: tuple[DeployedWidths, ...] = ()
     unsupported_operators: tuple[str, ...] = ()
     not_measured: tuple[NotMeasured, ...] = ()
     seconds_spent: float = 0.0
@@ -135,3 +199,7 @@ class Profile(Record):
 
     def schemes(self, runtime: str) -> tuple[str, ...]:
         return next((r.schemes for r in self.runtimes if r.runtime == runtime), ())
+
+    def refused(self, runtime: str) -> tuple[NotMeasured, ...]:
+        """The schemes that a runtime has but not on this processor, with the reason for each."""
+        return next((r.refused for r in self.runtimes if r.runtime == runtime), ())

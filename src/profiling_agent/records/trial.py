@@ -90,7 +90,7 @@ class RunSettings(Record):
     budget: Budget
     deployment: Deployment
     planner: str = "solver"
-    runtimes: tuple[str, ...] = ("torch", "onnxruntime")
+    runtimes: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 

@@ -12,11 +12,16 @@ SplitName = Literal["calibration", "search", "test"]
 
 
 class InputSpec(Record):
-    """One input of the model's forward; ``shape`` without the batch axis."""
+    """One input of the model's forward; ``shape`` without the batch axis.
+
+    ``shape`` and ``dtype`` are those after preprocessing, ``raw_dtype`` that of the arrays before
+    it, which ``serve.py`` is given: images are bytes there and floats in the model.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = Field(description="numpy's name, such as float32 or int64")
+    raw_dtype: str | None = Field(default=None, description="likewise; None where it isn't known")
     found_by: str = Field(default="data", description="data, configuration or probing")
 
 

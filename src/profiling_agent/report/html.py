@@ -17,6 +17,8 @@ from profiling_agent.records.trial import RunRecord, Trial, Verdict
 from profiling_agent.records.workload import Task
 from profiling_agent.report.chart import scatter
 from profiling_agent.report.profile_view import (
+    DEPLOYED_TITLES,
+    deployed_row,
     divergence_name,
     gaps_of,
     module_name,
@@ -294,7 +296,23 @@ def _profile_sections(record: RunRecord, profile: Profile) -> list[str]:
         f"<h2>Where the original's time goes</h2>\n{summary}"
         f"{_table(titles, map(_module_row, modules))}"
     )
-    return [bottlenecks, _groups(record, profile)]
+    return [bottlenecks, _deployed(profile), _groups(record, profile)]
+
+
+def _deployed(profile: Profile) -> str:
+    if not profile.deployed:
+        return ""
+    rows: list[str] = []
+    for deployed in profile.deployed:
+        name, *numbers, slowest = deployed_row(deployed)
+        cells = [f'<td class="name">{words(name)}</td>', *map(cell, numbers)]
+        rows.append(f"<tr>{''.join(cells)}<td>{words(slowest)}</td></tr>")
+    return (
+        "<h2>Where the artefacts' time goes</h2>\n"
+        "<p>Off-the-shelf artefacts, operator by operator, as their runtimes time themselves after "
+        "their own fusions. The operators are timed in other calls than the whole.</p>\n"
+        f"{_table(DEPLOYED_TITLES, rows)}"
+    )
 
 
 def _module_row(module: ModuleCost) -> str:

@@ -7,7 +7,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiling_agent.records.profile import GroupCost, ModuleCost, Profile, Spread
+from profiling_agent.records.profile import (
+    DeployedProfile,
+    GroupCost,
+    ModuleCost,
+    Profile,
+    Spread,
+)
 from profiling_agent.report.summary import facts_of_data
 from profiling_agent.report.wording import (
     DASH,
@@ -25,6 +31,8 @@ def render_profile(profile: Profile, top: int = 15) -> RenderableType:
     parts: list[RenderableType] = [_summary(profile), _modules(profile, top)]
     if profile.groups:
         parts.append(_groups(profile))
+    if profile.deployed:
+        parts.append(_deployed(profile))
     gaps = gaps_of(profile)
     if gaps:
         parts.append(Text("Not known\n" + "\n".join(f"  {gap}" for gap in gaps)))
@@ -155,6 +163,44 @@ def _groups(profile: Profile) -> Table:
             as_count(group.parameters_per_unit),
             _sensitivity(group),
         )
+    return table
+
+
+DEPLOYED_TITLES = ("artefact", "call", "operators", "int8", "unknown", "slowest modules")
+
+
+def deployed_row(deployed: DeployedProfile, top: int = 3) -> tuple[str, ...]:
+    """A cell for each of ``DEPLOYED_TITLES``; times are the runtime's own, after its fusions.
+
+    ``operators`` is their sum, ``int8`` the part of it in int8 operators, ``unknown`` that of
+    operators whose module the runtime's graph does not tell.
+    """
+    slowest = sorted(deployed.module_ms().items(), key=lambda item: -item[1])[:top]
+    int8 = sum(operator.ms for operator in deployed.operators if operator.precision == "i8")
+    return (
+        f"{printable(deployed.runtime)} {printable(deployed.scheme)}",
+        in_ms(deployed.total_ms),
+        in_ms(sum(operator.ms for operator in deployed.operators)),
+        in_ms(int8),
+        in_ms(deployed.unmapped_ms),
+        ", ".join(f"{printable(name) or '(whole model)'} {in_ms(ms)}" for name, ms in slowest),
+    )
+
+
+def _deployed(profile: Profile) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=Text("Where artefacts spend their time, by their own runtimes"),
+        title_justify="left",
+    )
+    for title in DEPLOYED_TITLES:
+        is_number = title not in (DEPLOYED_TITLES[0], DEPLOYED_TITLES[-1])
+        table.add_column(
+            title, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number
+        )
+    for deployed in profile.deployed:
+        table.add_row(*(Text(value) for value in deployed_row(deployed)))
     return table
 
 

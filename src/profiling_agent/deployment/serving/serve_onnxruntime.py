@@ -8,10 +8,12 @@
 
 ``model.onnx`` holds the model. Its threads spin while they wait for work (onnxruntime's default,
 the fastest); on a processor shared with others set ``session.intra_op.allow_spinning`` to "0".
+Threads may share a ``Model``.
 """
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +137,14 @@ def name_classes(logits, manifest):
     return [names[answers[index]] if names else int(answers[index]) for index in best]
 
 
-_default = []
+_default, _opening = [], threading.Lock()
 
 
 def predict(images):
     """Labels of raw inputs by the artefact in this file's folder, opened once."""
-    if not _default:
-        _default.append(Model())
+    with _opening:
+        if not _default:
+            _default.append(Model())
     return _default[0].predict(images)
 
 

@@ -1,0 +1,142 @@
+"""Milliseconds against width, in the runtime and scheme that will serve.
+
+Eager PyTorch says little of what a fused int8 graph gains by a narrower layer, and a layer alone
+misses what happens between layers. So the whole model is built with all groups of one shape
+narrowed at once, as any plan is built, and raced against the control of the same runtime and
+scheme. What is saved is shared out among the groups. Weights and accuracy don't matter here:
+nothing is repaired, and a few calibration samples do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import regex
+
+from profiling_agent.errors import MissingDependency, PlanError, TrialError
+from profiling_agent.evaluation.measure import Protocol, race
+from profiling_agent.evaluation.predictor import Predictor
+from profiling_agent.machine.clock import now
+from profiling_agent.planning.history import Pair, pair_of
+from profiling_agent.profiling.group_costs import levels
+from profiling_agent.records.common import NotMeasured
+from profiling_agent.records.patterns import units_kept
+from profiling_agent.records.plan import Plan, PruningLine, Quantization
+from profiling_agent.records.profile import DeployedWidths, GroupCost, Profile, SharePoint
+from profiling_agent.records.trial import Trial
+from profiling_agent.trial import TrialRunner
+
+RATIOS = (0.5, 0.25)
+"""Measured of each shape, the larger cut first: it tells most about a single point."""
+PROTOCOL = Protocol(num_blocks=8, block_s=0.1)
+
+
+def measure_deployed_widths(
+    runner: TrialRunner,
+    profile: Profile,
+    controls: Sequence[Trial],
+    folder: Path,
+    split: Path,
+    *,
+    control_folder: Callable[[str], Path],
+    seconds: float,
+    call_s: float,
+) -> tuple[tuple[DeployedWidths, ...], tuple[NotMeasured, ...]]:
+    """Tables of the controls' runtimes and schemes, the first control first, in about ``seconds``.
+
+    ``folder`` is for the artefacts that are built and thrown away; ``split`` has the samples that
+    are timed. What the time did not reach, or can't be built, is listed with the reason.
+    """
+    deadline = now() + seconds
+    tables: list[DeployedWidths] = []
+    missing: list[NotMeasured] = []
+    for control in controls:
+        pair = pair_of(control)
+        points: dict[str, list[SharePoint]] = {}
+        for shape, ratio, groups in _steps(profile):
+            what = f"widths of {shape} in {pair.runtime} {pair.scheme}"
+            if now() > deadline:
+                missing.append(NotMeasured(what=what, reason="the profiling time ran out"))
+                continue
+            try:
+                point = _measure(
+                    runner,
+                    pair,
+                    ratio,
+                    groups,
+                    folder,
+                    split,
+                    control_folder(control.trial_id),
+                    PROTOCOL.suited_to(call_s),
+                )
+                points.setdefault(shape, []).append(point)
+            except (TrialError, PlanError, MissingDependency) as error:
+                missing.append(NotMeasured(what=what, reason=str(error)))
+        tables += [
+            DeployedWidths(
+                runtime=pair.runtime,
+                scheme=pair.scheme,
+                shape_class=shape,
+                points=tuple(sorted(found, key=lambda point: point.width)),
+            )
+            for shape, found in points.items()
+        ]
+    return tuple(tables), tuple(missing)
+
+
+def _steps(profile: Profile) -> Iterator[tuple[str, float, list[GroupCost]]]:
+    """Shapes at one ratio after the other, the most costly shape first."""
+    shapes: dict[str, list[GroupCost]] = {}
+    for group in profile.groups:
+        shapes.setdefault(group.shape_class, []).append(group)
+    ranked = sorted(shapes, key=lambda s: -sum(g.macs_per_unit * g.width for g in shapes[s]))
+    for wanted in RATIOS:
+        for shape in ranked:
+            offered = levels(shapes[shape][0])
+            if offered:
+                ratio = min(offered, key=lambda level: abs(level - wanted))
+                if wanted == RATIOS[0] or len(offered) > 1:
+                    yield shape, ratio, shapes[shape]
+
+
+def _measure(
+    runner: TrialRunner,
+    pair: Pair,
+    ratio: float,
+    groups: Sequence[GroupCost],
+    folder: Path,
+    split: Path,
+    control: Path,
+    protocol: Protocol,
+) -> SharePoint:
+    """Share of the control's time that one of these groups saves at this ratio."""
+    plan = Plan(
+        runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
+        pruning=tuple(
+            PruningLine(
+                match=regex.escape(group.id, special_only=True), ratio=ratio, importance="magnitude"
+            )
+            for group in groups
+        ),
+        quantization=Quantization(scheme=pair.scheme),
+        repair="none",
+        why="timed and thrown away",
+    )
+    try:
+        runner.builder.build(plan, folder, runner.deployment)
+        runner.builder.pause()
+        with contextlib.ExitStack() as stack:
+            racers: Mapping[str, Predictor] = {
+                name: stack.enter_context(contextlib.closing(runner.open(place, pair.runtime)))
+                for name, place in (("whole", control), ("narrow", folder))
+            }
+            saved = race(racers, split, protocol).speedup("narrow", "whole")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    estimate, low, high = (
+        (1.0 - 1.0 / value) / len(groups) for value in (saved.estimate, saved.low, saved.high)
+    )
+    return SharePoint(width=units_kept(groups[0].width, ratio), saved=estimate, low=low, high=high)
