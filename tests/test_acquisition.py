@@ -534,6 +534,15 @@ class TestSplits:
         with pytest.raises(DataError, match="must be others"):
             get(Vector(), data, tmp_path, test_data=data)
 
+    def test_the_first_samples_of_search_stand_for_all(self, tmp_path: Path) -> None:
+        rows, _ = vectors(300)
+        path = tmp_path / "sorted.npz"
+        classes = np.repeat([0, 1, 2], 100)
+        np.savez(path, x_val=rows, y_val=classes, x_test=-rows, y_test=classes)
+        workload = get(Vector(), str(path), tmp_path)
+        assert len(set(np.asarray(workload.splits["search"].labels[:30]).tolist())) == 3
+        assert np.asarray(workload.splits["test"].labels).tolist() == classes.tolist()
+
     def test_duplicates_are_counted(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="85 of 100 test samples are search samples too"):
             get(Vector(), vectors(100), tmp_path, test_data=vectors(100))

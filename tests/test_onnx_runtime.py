@@ -196,14 +196,19 @@ class FixedBatch(nn.Module):
         return self.head(F.gelu(self.inner(x.reshape(2, 6, 12)))).mean(1)
 
 
-IMAGE = {"x": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+SEEDED = torch.Generator().manual_seed(0)
+IMAGE = {"x": torch.randn(2, 3, 16, 16, generator=SEEDED)}
+WORDS = {
+    "ids": torch.randint(0, 10, (2, 7), generator=SEEDED),
+    "scale": torch.randn(2, 16, generator=SEEDED),
+}
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Tensor], int, int]] = [
     # model, example, layers in int8, products in int8
-    (Perceptron, {"x": torch.randn(2, 16)}, 2, 2),
+    (Perceptron, {"x": torch.randn(2, 16, generator=SEEDED)}, 2, 2),
     (Convolutional, IMAGE, 6, 6),
     (Transformer, IMAGE, 2, 3),
-    (Words, {"ids": torch.randint(0, 10, (2, 7)), "scale": torch.randn(2, 16)}, 2, 3),
-    (FixedBatch, {"x": torch.randn(2, 72)}, 2, 2),
+    (Words, WORDS, 2, 3),
+    (FixedBatch, {"x": torch.randn(2, 72, generator=SEEDED)}, 2, 2),
 ]
 
 

@@ -69,11 +69,12 @@ def final_seconds(
 
 
 def answers_of_original(
-    predictor: Predictor, judge: Judge, data: Path, split: SplitName
+    predictor: Predictor, judge: Judge, data: Path, split: SplitName, stop: int | None = None
 ) -> np.ndarray:
-    """What the untouched model answers (samples, ...); ``ModelError`` when its forward fails."""
+    """What the untouched model answers (samples, ...), to the first ``stop`` samples or to all;
+    ``ModelError`` when its forward fails."""
     try:
-        return judge.answers(predictor.logits(data / split))
+        return judge.answers(predictor.logits(data / split, 0, stop))
     except TrialError as error:
         raise ModelError(
             f"The untouched model fails on the {split} data: {error} Run it by hand on one batch "

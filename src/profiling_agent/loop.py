@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ from profiling_agent.trial import (
     LocalBuilder,
     TrialRunner,
     WorkerBuilder,
+    first_labels,
 )
 from profiling_agent.widths import measure_deployed_widths
 
@@ -75,8 +77,22 @@ MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
 """What a profile takes at least: seconds, and forwards of the original on a sample."""
 MAX_OUTPUT_BYTES = 2e9
 """Of one split's outputs, which are held in memory."""
-LIKELY_FIRST = ("openvino", "onnxruntime", "torch")
-"""Controls go in the order in which runtimes are usually fast, in case the time runs out."""
+LIKELY_FIRST = {
+    ("openvino", "int8-static"): 0,
+    ("onnxruntime", "int8-dynamic"): 1,
+    ("openvino", "fp32"): 2,
+    ("onnxruntime", "fp32"): 3,
+    ("onnxruntime", "int8-static"): 4,
+    ("torch", "int8-dynamic"): 5,
+    ("torch", "fp32"): 6,
+}
+"""Controls in the order in which they are usually worth knowing, in case the time runs out; the
+others come last."""
+CONTROLS_SHARE = 0.5
+"""Of the time before the final stage, for controls; they stop there."""
+SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
+"""A trial's accuracy takes about this share of the time budget, if it runs so many times faster
+than the original: the first so many search samples are looked at, but never fewer than 1,000."""
 DEPLOYED_SHARE = 0.05
 """Of the time budget, for the operator times of the controls."""
 WIDTHS_SHARE, MIN_WIDTHS_S = 0.15, 10.0
@@ -267,13 +283,18 @@ class _Run:
         path = self.store.data / "baseline_search.npy"
         predicted = read_array(path)
         if self.state.baseline is None or predicted is None:
-            predicted = answers_of_original(predictor, self.judge, self.store.data, "search")
-            self.judge.refuse_broken(predicted, self.workload.splits["search"].labels)
+            call_s = self._seconds_a_call(predictor)
+            num_samples = self._search_samples(call_s)
+            predicted = answers_of_original(
+                predictor, self.judge, self.store.data, "search", num_samples
+            )
+            labels = first_labels(self.workload.splits["search"].labels, len(predicted))
+            self.judge.refuse_broken(predicted, labels)
             doubt = self.judge.doubt(predicted)
             if doubt is not None:
                 self._warn(doubt)
             write_array(path, predicted)
-            self._measure_baseline(predictor, predicted)
+            self._measure_baseline(predictor, predicted, call_s)
         predictor.pause()
         opened = [predictor]
 
@@ -296,15 +317,40 @@ class _Run:
         self.stack.callback(predictor.close)
         return predictor
 
-    def _measure_baseline(self, predictor: Predictor, predicted: np.ndarray) -> None:
+    def _seconds_a_call(self, predictor: Predictor) -> float:
+        """A first look at the original's latency; ``ModelError`` when its forward fails."""
+        try:
+            predictor.prepare(self.store.data / "calibration")
+            predictor.time_block(0.0, 1, 1)
+            return median(predictor.time_block(0.1, 2, 1)) / 1e3
+        except TrialError as error:
+            raise ModelError(f"The untouched model can't be timed: {error}") from None
+
+    def _search_samples(self, call_s: float) -> int:
+        """How many samples of the search split the time allows to look at in every trial."""
+        there = self.workload.record.split("search").num_samples
+        size = self.deployment.batch_size
+        num_calls = SEARCH_SHARE * self.budget.time_s * TYPICAL_GAIN / call_s
+        num_samples = max(MIN_SEARCH, int(num_calls) * size)
+        num_samples = -(-num_samples // size) * size
+        if num_samples >= there:
+            return there
+        self._warn(
+            f"The search looks at {num_samples:,} of the {there:,} search samples, so that trials "
+            "fit into the time budget. The test split is used whole."
+        )
+        return num_samples
+
+    def _measure_baseline(self, predictor: Predictor, predicted: np.ndarray, call_s: float) -> None:
+        protocol = TRIAL.suited_to(call_s)
         try:
             with quiet(self.progress):
-                timing = race({"baseline": predictor}, self.store.data / "calibration", TRIAL)
+                timing = race({"baseline": predictor}, self.store.data / "calibration", protocol)
             memory = predictor.memory_bytes()
         except TrialError as error:
             raise ModelError(f"The untouched model can't be timed: {error}") from None
         measured = timing.timing("baseline")
-        labels = self.workload.splits["search"].labels
+        labels = first_labels(self.workload.splits["search"].labels, len(predicted))
         missing = ()
         if memory is None:
             missing = (NotMeasured(what="memory", reason="not a process of its own"),)
@@ -333,35 +379,45 @@ class _Run:
     def _controls(self, runner: TrialRunner) -> None:
         """Every runtime's off-the-shelf artefacts: what the user gets without us."""
         done = {trial.plan.plan_id for trial in self.state.trials}
-        offers = sorted(
-            available(self.machine), key=lambda offer: LIKELY_FIRST.index(offer.runtime)
-        )
-        for offer in offers:
+        ends = self.left - CONTROLS_SHARE * (self.left - self._reserve())
+        for plan in self._control_plans():
+            if plan.plan_id in done:
+                continue
+            seconds = sorted(trial.seconds for trial in self.state.trials)
+            likely = seconds[len(seconds) // 2] if seconds else 0.0
+            if seconds and self.left - likely < max(ends, self._reserve(num_artefacts=1)):
+                self._warn(
+                    f"The control {plan.runtime} {plan.quantization.scheme} was not measured: the "
+                    "time budget is too short."
+                )
+                continue
+            trial_id = f"c{len(self.state.trials) + 1}"
+            self._try(runner, trial_id, plan, "control", is_control=True)
+
+    def _control_plans(self) -> list[Plan]:
+        """What the runtimes offer here as it is, the likeliest first; warns of what they don't."""
+        plans: list[Plan] = []
+        for offer in available(self.machine):
             if offer.runtime not in self.settings.runtimes:
                 continue
             for refused in offer.refused:
                 self._warn(f"{offer.runtime} {refused.what} is left out: {refused.reason}.")
             if offer.version is None:
                 self._warn(f"{offer.runtime} is {offer.reason}; it often is faster.")
-            for scheme in offer.schemes:
-                plan = Plan(
+            plans += [
+                Plan(
                     seed=self.settings.seed,
                     runtime=offer.runtime,  # pyright: ignore[reportArgumentType]
                     quantization=Quantization(scheme=scheme),
                     repair="none",
                     why="off the shelf",
                 )
-                if plan.plan_id in done:
-                    continue
-                likely = self.state.trials[-1].seconds if self.state.trials else 0.0
-                if self.state.trials and self.left < self._reserve(num_artefacts=1) + likely:
-                    self._warn(
-                        f"The control {offer.runtime} {scheme} was not measured: the time budget "
-                        "is too short."
-                    )
-                    continue
-                trial_id = f"c{len(self.state.trials) + 1}"
-                self._try(runner, trial_id, plan, "control", is_control=True)
+                for scheme in offer.schemes
+            ]
+        last = len(LIKELY_FIRST)
+        return sorted(
+            plans, key=lambda plan: LIKELY_FIRST.get((plan.runtime, plan.quantization.scheme), last)
+        )
 
     def _call_s(self) -> float:
         baseline = self.state.baseline

@@ -205,7 +205,8 @@ class WorkerBuilder:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The untouched model: how to open it, and its answers on the search split (samples, ...)."""
+    """The untouched model: how to open it, and its answers to the search samples that trials are
+    judged on, the split's first (samples, ...)."""
 
     open: Callable[[], Predictor]
     search: np.ndarray
@@ -312,23 +313,28 @@ class TrialRunner:
     def _screen_answers(self, predictor: Predictor) -> np.ndarray:
         """Answers on the first search samples, whole batches, so that the rest can follow."""
         size = self.deployment.batch_size
-        stop = -(-SCREEN_SAMPLES // size) * size
+        stop = min(-(-SCREEN_SAMPLES // size) * size, len(self.baseline.search))
         return self.judge.answers(predictor.logits(self._data / "search", 0, stop))
 
     def _collapse(self, ours: np.ndarray) -> str | None:
-        labels = self.workload.splits["search"].labels
-        some = None if labels is None else np.asarray(labels[: len(ours)])
+        some = first_labels(self.workload.splits["search"].labels, len(ours))
         original = self.baseline.search[: len(ours)]
         return collapsed(self.judge, ours, some, original, self._max_drop)
 
     def _search_accuracy(self, predictor: Predictor, first: np.ndarray) -> Accuracy:
-        """Accuracy on the search split, of which the first answers are known."""
-        ours = first
-        if len(first) < len(self.baseline.search):
-            rest = self.judge.answers(predictor.logits(self._data / "search", len(first)))
+        """Accuracy on as much of the search split as the original was judged on, of which the
+        first answers are known."""
+        ours, stop = first, len(self.baseline.search)
+        if len(first) < stop:
+            rest = self.judge.answers(predictor.logits(self._data / "search", len(first), stop))
             ours = np.concatenate([first, rest])
-        labels = self.workload.splits["search"].labels
+        labels = first_labels(self.workload.splits["search"].labels, stop)
         return self.judge.score("search", ours, labels, self.baseline.search)
+
+
+def first_labels(labels: np.ndarray | None, num_samples: int) -> np.ndarray | None:
+    """The labels of a split's first samples, when it has any."""
+    return None if labels is None else np.asarray(labels[:num_samples])
 
 
 def evaluation_of(

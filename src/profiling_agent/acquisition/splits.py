@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +55,9 @@ def divide(parts: Mapping[str, Source], seed: int, max_samples: int) -> Division
     for search and test; not stratified. With a test set given, calibration is 15 % (at most 512)
     and search the rest. Parts that were given stay as they are. Above ``max_samples`` in the whole
     samples are left out at random: of search first, since test samples are what proves, and of test
-    down to half of ``max_samples``. Raises ``DataError`` when samples or labels don't suffice.
+    down to half of ``max_samples``. Calibration and search are shuffled, since their first samples
+    must stand for all of them and data often come sorted by class. Raises ``DataError`` when
+    samples or labels don't suffice.
     """
     rng = np.random.default_rng(seed)
     parts = {name: source for name, source in parts.items() if source.length != 0}
@@ -68,6 +70,7 @@ def divide(parts: Mapping[str, Source], seed: int, max_samples: int) -> Division
     if total > max_samples:
         notes.append(f"{total} samples were thinned at random to {max_samples} (max_samples)")
         shares = _thin_all(shares, max_samples, rng)
+    shares = [share if share.split == "test" else _shuffled(share, rng) for share in shares]
     return Division(shares=shares, notes=notes, available=available)
 
 
@@ -172,6 +175,10 @@ def _thin(share: Share, ratio: float, rng: np.random.Generator) -> Share:
     kept = max(1, int(len(share.indices) * ratio))
     rows = np.sort(rng.permutation(len(share.indices))[:kept])
     return Share(split=share.split, source=share.source, indices=share.indices[rows])
+
+
+def _shuffled(share: Share, rng: np.random.Generator) -> Share:
+    return replace(share, indices=rng.permutation(share.indices))
 
 
 def _length(source: Source) -> int:

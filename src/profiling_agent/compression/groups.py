@@ -319,16 +319,24 @@ def _prove_together(
 
 
 FAINT = 1e-2
+ZERO_MATRIX_STD = 0.02
 
 
 def audible(model: nn.Module) -> nn.Module:
-    """A copy in which every vector of scales that are all (nearly) zero is near one instead."""
+    """A copy in which nothing is silenced by parameters that start at zero.
+
+    Scales that are all (nearly) zero are near one instead, and matrices and tables are random.
+    """
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in twin.named_parameters():
-        is_scale = parameter.dim() == 1 and not name.endswith("bias")
-        if is_scale and parameter.numel() and float(parameter.abs().max()) < FAINT:
-            parameter.data = 0.75 + 0.5 * torch.rand(parameter.shape, generator=generator)
+        values = parameter.detach()
+        if not values.numel() or float(values.abs().max()) >= FAINT:
+            continue
+        if values.dim() > 1:
+            parameter.data = ZERO_MATRIX_STD * torch.randn(values.shape, generator=generator)
+        elif not name.endswith("bias"):
+            parameter.data = 0.75 + 0.5 * torch.rand(values.shape, generator=generator)
     return twin
 
 
