@@ -42,8 +42,8 @@ class Job:
 
 
 WORKLOADS = {
-    "demo-vit": Job(arguments=["demo:vit"], max_drop=0.5, minutes=3.5),
-    "demo-resnet": Job(arguments=["demo:resnet"], max_drop=0.5, minutes=4),
+    "demo-vit": Job(arguments=["demo:vit"], max_drop=0.5, minutes=5),
+    "demo-resnet": Job(arguments=["demo:resnet"], max_drop=0.5, minutes=5),
     "resnet56-cifar10": Job(
         arguments=[f"{HERE}/workloads.py:resnet56", "--data", f"{HERE}/workloads.py:cifar10"],
         max_drop=0.5,

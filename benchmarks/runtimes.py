@@ -10,7 +10,8 @@ against the untouched module in eager PyTorch and ONNX Runtime's fp32. There are
 hold at once, so they run in groups, each with its own pair of these two: a ratio never crosses
 groups. The paper's own way, ``quantize_dynamic`` of the eager module, runs too.
 
-Throughput is that of two workers, processes of one thread each that run at the same time.
+Throughput is that of two workers, processes of one thread each that run at the same time, at batch
+size 1.
 
 What can't be built or run is a row with its reason. Exit code 1 when the best static int8 of an
 architecture misses its target at batch size 1. Stop everything else on the machine first.
@@ -55,11 +56,12 @@ from profiling_agent.trial import WorkerBuilder
 
 TIMM_NAME = "BENCHMARK_TIMM_NAME"  # the paper's module is rebuilt in its probe, which inherits it
 EAGER, PAPER, ONNX = "eager", "paper", "onnxruntime fp32"
-GROUP_SIZE = 4
-LATENCY = replace(FINAL, num_blocks=16)
+GROUP_SIZE = 6
+LATENCY = replace(FINAL, num_blocks=8)
+LARGE_BATCH = replace(LATENCY, num_blocks=5, min_calls=1, warmup=1)
 QUICK = Protocol(num_blocks=5, block_s=0.1, min_calls=1, warmup=1)
 NUM_WORKERS = 2
-WORK = Protocol(num_blocks=5, block_s=1.0, min_calls=1, warmup=1)
+WORK = Protocol(num_blocks=5, block_s=0.6, min_calls=1, warmup=1)
 QUICK_WORK = Protocol(num_blocks=5, block_s=0.3, min_calls=1, warmup=1)
 CALM = 1.25
 """How far an anchor's times in different groups may lie apart on a machine left alone."""
@@ -254,11 +256,18 @@ def _chosen(offers: Sequence[RuntimeSchemes], only: str | None) -> list[RuntimeS
 def timed(racers: Racers, deployment: Deployment, *, quick: bool) -> dict[str, Any]:
     """What was measured of each racer, by name; the anchors' own numbers are the first group's."""
     latency, work = (QUICK, QUICK_WORK) if quick else (LATENCY, WORK)
+    with_workers = deployment.batch_size == 1
+    if not with_workers:
+        latency = LARGE_BATCH
     one_thread = deployment.model_copy(update={"threads": 1})
     rows: dict[str, Any] = {}
     for names in racers.groups():
         times, memory = racers.race(names, lambda n: racers.open(n, deployment), latency)
-        pairs, _ = racers.race(names, lambda n: Workers(lambda: racers.open(n, one_thread)), work)
+        pairs = Race(blocks={})
+        if with_workers:
+            pairs, _ = racers.race(
+                names, lambda n: Workers(lambda: racers.open(n, one_thread)), work
+            )
         for name in names:
             if name not in rows and name in times.blocks:
                 rows[name] = {

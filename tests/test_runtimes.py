@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from profiling_agent.deployment import artefact
 from profiling_agent.deployment.artefact import build_artefact
 from profiling_agent.deployment.lowered import Calibration
-from profiling_agent.deployment.openvino_graph import precision_of
+from profiling_agent.deployment.openvino_graph import precision_of, properties
 from profiling_agent.deployment.openvino_runtime import quiet_libraries
 from profiling_agent.deployment.runtimes import RUNTIMES, available
 from profiling_agent.errors import TrialError
@@ -161,6 +162,19 @@ import os, pathlib, sys
 pathlib.Path(os.environ["SPIED"]).write_text(" ".join(sys.argv))
 raise ImportError("a spy")
 """
+
+
+def test_openvino_serves_as_it_is_profiled_and_leaves_its_threads_unpinned(
+    tmp_path: Path, net: Net
+) -> None:
+    build(net, ("openvino", "fp32"), tmp_path / "a")
+    done = subprocess.run(
+        [sys.executable, "-c", "from serve import Model; print(Model(threads=1).properties)"],
+        cwd=tmp_path / "a", capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    used = ast.literal_eval(done.stdout)
+    assert used == properties("fp32", 1)
+    assert used["ENABLE_CPU_PINNING"] is False
 
 
 @pytest.mark.parametrize("way", ["serve.py", "probe", "operators", "building"])

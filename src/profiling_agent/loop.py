@@ -79,17 +79,18 @@ MAX_OUTPUT_BYTES = 2e9
 """Of one split's outputs, which are held in memory."""
 LIKELY_FIRST = {
     ("openvino", "int8-static"): 0,
-    ("onnxruntime", "int8-dynamic"): 1,
-    ("openvino", "fp32"): 2,
+    ("openvino", "fp32"): 1,
+    ("onnxruntime", "int8-dynamic"): 2,
     ("onnxruntime", "fp32"): 3,
-    ("onnxruntime", "int8-static"): 4,
-    ("torch", "int8-dynamic"): 5,
-    ("torch", "fp32"): 6,
+    ("openvino", "bf16"): 4,
+    ("onnxruntime", "int8-static"): 5,
+    ("torch", "int8-dynamic"): 6,
+    ("torch", "fp32"): 7,
 }
-"""Controls in the order in which they are usually worth knowing, in case the time runs out; the
-others come last."""
-CONTROLS_SHARE = 0.5
-"""Of the time before the final stage, for controls; they stop there."""
+"""Controls in the order in which they are usually worth knowing, in case the time runs out, int8
+beside its float counterpart, which says what int8 gains; the others come last."""
+CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
+"""Of the time before the final stage, for controls; they stop there, but not before the second."""
 SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
 """A trial's accuracy takes about this share of the time budget, if it runs so many times faster
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
@@ -385,7 +386,8 @@ class _Run:
                 continue
             seconds = sorted(trial.seconds for trial in self.state.trials)
             likely = seconds[len(seconds) // 2] if seconds else 0.0
-            if seconds and self.left - likely < max(ends, self._reserve(num_artefacts=1)):
+            stop = ends if len(seconds) >= MIN_CONTROLS else 0.0
+            if seconds and self.left - likely < max(stop, self._reserve(num_artefacts=1)):
                 self._warn(
                     f"The control {plan.runtime} {plan.quantization.scheme} was not measured: the "
                     "time budget is too short."

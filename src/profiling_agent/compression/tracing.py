@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from profiling_agent.acquisition.workload import compute_logits
+from profiling_agent.compression import arithmetic_rules, shape_rules  # noqa: F401  fill the table
 from profiling_agent.compression.axis_rules import Axes, apply_rule
 from profiling_agent.compression.sizes import STATING, find_caches, forget_caches, stated_sizes
 from profiling_agent.compression.slots import Axis, Slots

@@ -18,11 +18,13 @@ _BYTES = ("i8", "u8")
 
 
 def properties(scheme: str, threads: int) -> dict[str, Any]:
-    """How ``serve.py`` compiles the graph: one stream, f32 unless the scheme says bf16."""
+    """How ``serve.py`` compiles the graph: one stream, f32 unless the scheme says bf16, and threads
+    not pinned, since every process's would be to the first cores."""
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if scheme.endswith("bf16") else "f32",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
     }
 
 

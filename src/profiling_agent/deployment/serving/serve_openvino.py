@@ -43,6 +43,8 @@ class Model:
             "INFERENCE_PRECISION_HINT": "bf16" if is_bf16 else "f32",
             "INFERENCE_NUM_THREADS": threads or self.manifest["deployment"]["threads"],
             "NUM_STREAMS": 1,
+            # Pinned, the threads of every process would share the first cores.
+            "ENABLE_CPU_PINNING": False,
         }
         self.requests = {self.batch_size: self.compile(self.batch_size)}
         # A request holds one caller's answer until that is copied.
