@@ -28,6 +28,7 @@ from profiling_agent.planning.decide import (
 from profiling_agent.planning.estimate import (
     group_options,
     layer_gains,
+    likely_to_serve,
     predict_kl,
     predict_saved_share,
     saved_share,
@@ -41,11 +42,13 @@ from profiling_agent.records.evaluation import Speedup
 from profiling_agent.records.patterns import assign, matches, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import (
+    DeployedWidths,
     GroupCost,
     LayerQuantization,
     Profile,
     RuntimeSchemes,
     SensitivityPoint,
+    SharePoint,
     WidthPoint,
 )
 from profiling_agent.records.trial import Trial
@@ -484,12 +487,54 @@ def test_measured_savings_correct_the_prediction() -> None:
     assert after.relative_latency == pytest.approx(0.8 - 0.8 * 0.5 * saved)
 
 
+def table_of(pair: Pair, shape_class: str, *points: tuple[int, float]) -> DeployedWidths:
+    return DeployedWidths(
+        runtime=pair.runtime,
+        scheme=pair.scheme,
+        shape_class=shape_class,
+        points=tuple(SharePoint(width=w, saved=s, low=s, high=s) for w, s in points),
+    )
+
+
+def test_widths_of_the_runtime_that_serves_come_before_those_of_eager_mode() -> None:
+    table = table_of(INT8, GROUPS[0].shape_class, (32, 0.2), (48, 0.04))
+    profile = profile_of(deployed_widths=(table,))
+    group = profile.groups[0]
+    assert saved_share(profile, group, 0.5, INT8) == pytest.approx(0.2)
+    assert saved_share(profile, group, 0.125, INT8) == pytest.approx(0.02)  # 56 units, between
+    assert saved_share(profile, group, 0.75, INT8) == pytest.approx(0.36)  # 16, as the slope goes
+    assert saved_share(profile, group, 0.5, FP32) == pytest.approx(0.4 / 4)
+    assert [round(o.saved, 3) for o in group_options(profile, group, INT8)] == [0.04, 0.2, 0.36]
+
+
+def test_a_shape_that_its_runtime_does_not_speed_up_is_left_whole() -> None:
+    tables = tuple(
+        table_of(INT8, shape, (32, -0.01), (48, -0.02))
+        for shape in {group.shape_class for group in GROUPS if group.width == 64}
+    )
+    profile = profile_of(deployed_widths=tables)
+    proposal = solve(INT8, profile, controls_of(), BUDGET, 0, 1.0)
+    assert proposal is not None
+    assert set(assign(proposal.plan, [g.id for g in GROUPS])) == {"heads:a.qkv"}
+
+
+def test_tables_are_worth_it_for_what_a_plan_could_start_from() -> None:
+    trials = [
+        control("c1", TORCH, 0.9, 0.0),
+        control("c2", FP32, 0.4, 9.0),  # float and over the budget: nothing saves it
+        control("c3", INT8, 0.5, 9.0),  # int8: layers may stay float
+        control("c4", Pair(runtime="openvino", scheme="fp32"), 0.6, 0.0),
+    ]
+    assert [trial.trial_id for trial in likely_to_serve(trials, BUDGET)] == ["c3", "c4"]
+
+
 def test_savings_are_interpolated_levelled_and_extrapolated() -> None:
     profile = profile_of()
     group = profile.group("mlp:a.fc1")
     assert saved_share(profile, group, 0.0) == 0.0
     assert saved_share(profile, group, 0.375) == pytest.approx(0.3 / 4)
     assert saved_share(profile, group, 0.875) == pytest.approx(0.7 / 4)
+
     noisy = group_of("mlp:n", 64, [(0.25, 0.3, 0.01), (0.5, 0.2, 0.004), (0.75, -0.1, 0.02)])
     options = group_options(profile, noisy)
     assert [(o.saved, o.kl) for o in options] == [
