@@ -1,4 +1,4 @@
-"""Widths timed in the runtime that serves: what is built, how savings are shared, what is missing."""
+"""Widths timed in the runtime that serves: what is built, how savings are shared, what is left."""
 
 from __future__ import annotations
 
