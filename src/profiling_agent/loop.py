@@ -96,8 +96,9 @@ SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
 DEPLOYED_SHARE = 0.05
 """Of the time budget, for the operator times of the controls."""
-WIDTHS_SHARE, MIN_WIDTHS_S = 0.15, 10.0
-"""Of the time budget, for widths in the runtimes; with less than so many seconds there are none."""
+WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 4
+"""Of the time budget, for widths in the runtimes; there are none with less than so many seconds,
+or when so many trials would not have time after them."""
 PATIENCE = 5
 """Trials without a better feasible plan after which the search stops."""
 
@@ -384,10 +385,9 @@ class _Run:
         for plan in self._control_plans():
             if plan.plan_id in done:
                 continue
-            seconds = sorted(trial.seconds for trial in self.state.trials)
-            likely = seconds[len(seconds) // 2] if seconds else 0.0
-            stop = ends if len(seconds) >= MIN_CONTROLS else 0.0
-            if seconds and self.left - likely < max(stop, self._reserve(num_artefacts=1)):
+            num_done, likely = len(self.state.trials), self._usual_trial_s()
+            stop = ends if num_done >= MIN_CONTROLS else 0.0
+            if num_done and self.left - likely < max(stop, self._reserve(num_artefacts=1)):
                 self._warn(
                     f"The control {plan.runtime} {plan.quantization.scheme} was not measured: the "
                     "time budget is too short."
@@ -425,6 +425,11 @@ class _Run:
         baseline = self.state.baseline
         assert baseline is not None and baseline.timing is not None
         return baseline.timing.median_ms / 1e3
+
+    def _usual_trial_s(self) -> float:
+        """The median of the trials so far; 0 before the first."""
+        seconds = sorted(trial.seconds for trial in self.state.trials)
+        return seconds[len(seconds) // 2] if seconds else 0.0
 
     def _reserve(self, num_artefacts: int = 3) -> float:
         """Seconds kept for the final stage of so many artefacts: a control and two candidates."""
@@ -495,8 +500,8 @@ class _Run:
 
     def _with_widths(self, runner: TrialRunner, profile: Profile) -> Profile:
         """The profile with widths timed in the runtimes that are likely to serve."""
-        left = self.left - self._reserve()
-        seconds = min(WIDTHS_SHARE * self.budget.time_s, 0.5 * left)
+        left = self.left - self._reserve() - TRIALS_FIRST * self._usual_trial_s()
+        seconds = min(WIDTHS_SHARE * self.budget.time_s, left)
         if not profile.groups or seconds < MIN_WIDTHS_S:
             return profile
         self.progress.stage("profiling", "widths in the runtimes that are likely to serve")
@@ -523,9 +528,7 @@ class _Run:
         if self.state.candidates is not None:
             return
         for number, proposal in self._proposals(profile):
-            seconds = sorted(trial.seconds for trial in self.state.trials)
-            usual = 1.3 * seconds[len(seconds) // 2] if seconds else 0.0
-            if self.left < self._reserve() + usual:
+            if self.left < self._reserve() + 1.3 * self._usual_trial_s():
                 self.progress.message("the rest of the time is kept for the final measurement")
                 break
             time = proposal.relative_latency
