@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from profiling_agent.deployment import artefact
 from profiling_agent.deployment.artefact import build_artefact
@@ -263,34 +264,78 @@ class Attending(nn.Module):
         return self.head((x + self.attn(x, x, x, need_weights=False)[0]).mean(1))
 
 
+def what_runs(
+    model: nn.Module, pair: tuple[str, str], tmp_path: Path, *keep_float: str
+) -> tuple[set[str], set[str]]:
+    """Modules whose products the runtime itself runs in int8, and the layers said to be float."""
+    split, folder = tmp_path / "split", tmp_path / f"a{len(list(tmp_path.iterdir()))}"
+    split.mkdir(exist_ok=True)
+    np.save(split / "x.npy", make_data(2)[0])
+    built = build(model, pair, folder, samples=calibration(), keep_float=keep_float)
+    found = profile_artefact(folder, split, Deployment(threads=1), passes=3)
+    products = (
+        "Conv",
+        "FusedConv",
+        "FullyConnected",
+        "MatMul",
+        "QLinear",
+        "QGemm",
+        "FusedMatMul",
+        "Gemm",
+    )
+    operators = [o for o in found.operators if o.type.startswith(products)]
+    running = {str(o.module) for o in operators if o.precision == "i8"}
+    floating = {str(o.module) for o in operators} - running
+    assert set(built.achieved.float_layers) <= floating
+    return running, set(built.achieved.float_layers)
+
+
 @pytest.mark.parametrize("pair", STATIC, ids="-".join)
 def test_the_projection_of_torchs_attention_can_stay_float(
     tmp_path: Path, pair: tuple[str, str]
 ) -> None:
     torch.manual_seed(0)
     model = Attending().eval()
-    (tmp_path / "split").mkdir()
-    np.save(tmp_path / "split" / "x.npy", make_data(2)[0])
-
-    def int8_modules(*keep_float: str) -> tuple[set[str], set[str]]:
-        folder = tmp_path / f"a{len(list(tmp_path.iterdir()))}"
-        built = build(model, pair, folder, samples=calibration(), keep_float=keep_float)
-        found = profile_artefact(folder, tmp_path / "split", Deployment(threads=1), passes=3)
-        products = ("Conv", "FullyConnected", "MatMul", "QLinear", "QGemm", "FusedMatMul", "Gemm")
-        operators = [o for o in found.operators if o.type.startswith(products)]
-        running = {str(o.module) for o in operators if o.precision == "i8"}
-        floating = {str(o.module) for o in operators} - running
-        assert set(built.achieved.float_layers) <= floating
-        return running, set(built.achieved.float_layers)
-
-    whole, _ = int8_modules()
+    whole, _ = what_runs(model, pair, tmp_path)
     assert {"attn", "attn.out_proj"} <= whole
-    running, float_layers = int8_modules(r"attn\.out_proj")
+    running, float_layers = what_runs(model, pair, tmp_path, r"attn\.out_proj")
     assert "attn.out_proj" not in running and "attn" in running
     assert "attn.out_proj" in float_layers
-    running, float_layers = int8_modules(r"attn(\.out_proj)?")
+    running, float_layers = what_runs(model, pair, tmp_path, r"attn(\.out_proj)?")
     assert not running & {"attn.out_proj", "attn"}
     assert "attn.out_proj" in float_layers
+
+
+class Depthwise(nn.Module):
+    """Convolutions with batch norms, one of them depthwise, over one channel of four by four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.depthwise_norm = nn.BatchNorm2d(16)
+        self.project, self.head = nn.Conv2d(16, 32, 1), nn.Linear(32, 4)
+        for norm in (self.stem_norm, self.depthwise_norm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem_norm(self.stem(x.reshape(-1, 1, 4, 4))))
+        x = F.relu(self.depthwise_norm(self.depthwise(x)))
+        return self.head(F.relu(self.project(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("pair", STATIC, ids="-".join)
+def test_a_depthwise_convolution_can_stay_float_though_a_norm_is_folded_into_it(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    torch.manual_seed(0)
+    model = Depthwise().eval()
+    whole, float_layers = what_runs(model, pair, tmp_path)
+    assert {"stem", "depthwise", "project"} <= whole and not float_layers
+    running, float_layers = what_runs(model, pair, tmp_path, "depthwise")
+    assert {"stem", "project"} <= running and "depthwise" not in running
+    assert float_layers == {"depthwise"}
 
 
 class Ending(nn.Module):

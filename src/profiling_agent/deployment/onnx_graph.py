@@ -20,6 +20,8 @@ MODEL_FILE = "model.onnx"
 # A protobuf message ends at 2 GiB; weights beyond this go into a file beside the graph.
 MAX_INLINE_BYTES = 1_800_000_000
 PRODUCTS = ("Conv", "MatMul", "Gemm")
+DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
+"""As in ``serve.py``: it puts in int8 what was kept float but stands between int8 layers."""
 INT8_PRODUCTS = (
     "QLinearConv",
     "ConvInteger",
@@ -130,7 +132,10 @@ def count_products(folder: Path) -> tuple[int, int]:
         options.optimized_model_filepath = str(Path(scratch) / MODEL_FILE)
         keep_weights_apart(options)
         onnxruntime.InferenceSession(
-            str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+            str(folder / MODEL_FILE),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(DISABLED_OPTIMIZERS),
         )
         optimized = onnx.load(str(Path(scratch) / MODEL_FILE), load_external_data=False)
     types = [node.op_type for node in optimized.graph.node]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +63,8 @@ def to_openvino(exported: Exported, model: nn.Module, example: dict[str, Tensor]
         ) from error
     layers = frozenset(product_layers(model))
     nodes = decoder.pt_module.graph.nodes
-    _name_operators(graph, {node.name: _layer_or_owner(node, layers) for node in nodes})
+    owners = {node.name: _layer_or_owner(node, layers) for node in nodes}
+    _name_operators(graph, owners)
     shapes: dict[str, list[int]] = {}
     for parameter, (name, value) in zip(graph.get_parameters(), example.items(), strict=True):
         parameter.set_friendly_name(name)
@@ -71,7 +72,7 @@ def to_openvino(exported: Exported, model: nn.Module, example: dict[str, Tensor]
         shapes[name] = [exported.fixed_batch or -1, *value.shape[1:]]
     graph.reshape(shapes)
     apply_moc_transformations(graph, cf=False, smart_reshape=True)
-    _name_fused(graph)
+    _name_fused(graph, _layers_before(nodes, owners, layers))
     apply_fused_names_cleanup(graph)
     return graph
 
@@ -139,8 +140,24 @@ def _name_operators(graph: Any, owners: dict[str, str | None]) -> None:
             operator.set_friendly_name(f"{module}{MODULE_MARK}{operator.get_type_name()}_{index}")
 
 
-def _name_fused(graph: Any) -> None:
-    """Operators that a fusion made anew get the name of the first product in them."""
+def _layers_before(
+    nodes: Iterable[fx.Node], owners: dict[str, str | None], layers: frozenset[str]
+) -> dict[str, str]:
+    """Of each module, a norm say, the one layer whose output it was traced to work on."""
+    found: dict[str, set[str]] = {}
+    for node in nodes:
+        module, inputs = owners[node.name], node.all_input_nodes
+        before = owners.get(inputs[0].name) if inputs else None
+        if module is not None and before != module and before in layers:
+            found.setdefault(module, set()).add(before)
+    return {module: min(before) for module, before in found.items() if len(before) == 1}
+
+
+def _name_fused(graph: Any, layers_before: Mapping[str, str]) -> None:
+    """Operators that a fusion made anew get the name of the first product in them.
+
+    Of a grouped convolution only the norm's name comes through, so it is that of the layer before.
+    """
     taken = {operator.get_friendly_name() for operator in graph.get_ops()}
     for index, operator in enumerate(graph.get_ordered_ops()):
         name, known = operator.get_friendly_name(), operator.get_rt_info()
@@ -150,7 +167,10 @@ def _name_fused(graph: Any) -> None:
         parts = [p for p in parts if len(p) == 2]
         parts.sort(key=lambda part: not part[1].startswith(_PRODUCT_TYPES))
         if parts:
-            module = parts[0][0]
+            module, traced = parts[0]
+            is_product = operator.get_type_name() in _PRODUCT_TYPES
+            if is_product and not traced.startswith(_PRODUCT_TYPES):
+                module = layers_before.get(module, module)
             renamed = f"{module}{MODULE_MARK}{operator.get_type_name()}_f{index}"
             if renamed not in taken:
                 operator.set_friendly_name(renamed)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from profiling_agent.deployment.onnx_graph import DISABLED_OPTIMIZERS
 from profiling_agent.errors import MissingDependency
 from profiling_agent.records.profile import OperatorCost
 
@@ -120,7 +121,10 @@ def _profile(
     options.add_session_config_entry(f"{weights}_file_name", "weights")
     options.add_session_config_entry(f"{weights}_min_size_in_bytes", "1024")
     session = onnxruntime.InferenceSession(
-        str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+        str(folder / MODEL_FILE),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=list(DISABLED_OPTIMIZERS),
     )
     names = [value.name for value in session.get_inputs()]
     feed = dict(zip(names, inputs, strict=True))

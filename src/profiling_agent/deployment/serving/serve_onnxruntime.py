@@ -33,7 +33,11 @@ class Model:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            str(folder / "model.onnx"),
+            options,
+            providers=["CPUExecutionProvider"],
+            # It would put layers in int8 that were kept float on purpose.
+            disabled_optimizers=["WeightBiasQuantization"],
         )
         self.names = [value.name for value in self.session.get_inputs()]
 
