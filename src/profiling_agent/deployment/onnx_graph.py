@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from profiling_agent.deployment.capabilities import DISABLED_OPTIMIZERS
 from profiling_agent.deployment.exporting import WRAPPER_PREFIX
 
 MODEL_FILE = "model.onnx"
 # A protobuf message ends at 2 GiB; weights beyond this go into a file beside the graph.
 MAX_INLINE_BYTES = 1_800_000_000
 PRODUCTS = ("Conv", "MatMul", "Gemm")
-DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
-"""As in ``serve.py``: it puts in int8 what was kept float but stands between int8 layers."""
 INT8_PRODUCTS = (
     "QLinearConv",
     "ConvInteger",

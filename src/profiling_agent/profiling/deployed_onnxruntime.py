@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from profiling_agent.deployment.onnx_graph import DISABLED_OPTIMIZERS
+from profiling_agent.deployment.capabilities import DISABLED_OPTIMIZERS
 from profiling_agent.errors import MissingDependency
 from profiling_agent.records.profile import OperatorCost
 
