@@ -45,18 +45,30 @@ KEPT_SHARE = 0.6
 QUICK = Protocol(num_blocks=5, block_s=0.1)
 
 
-def found_by(record: RunRecord) -> Trial | None:
-    """The mixed trial of a run where plain int8 is over the budget, else what it handed over."""
+def found_by(record: RunRecord) -> tuple[Trial, Plan] | None:
+    """The mixed trial of a run where plain int8 is over the budget, else what it handed over.
+
+    With its plan. A mixed plan that was handed over and also prunes is taken without its pruning,
+    which would hide what the float layers cost.
+    """
     plain = [
         trial.evaluation.on("search")
         for trial in record.trials
         if trial.is_control and trial.evaluation and trial.plan.quantization.scheme in STATIC
     ]
     drops = [accuracy.drop.estimate for accuracy in plain if accuracy and accuracy.drop]
-    verdict = record.verdict
-    if (not drops or min(drops) > MAX_DROP) or verdict is None or verdict.trial_id is None:
-        return mixed_trial(record)
-    return next(t for t in record.trials if t.trial_id == verdict.trial_id)
+    is_ruined = not drops or min(drops) > MAX_DROP
+    mixed, verdict = mixed_trial(record), record.verdict
+    if is_ruined and mixed is not None:
+        return mixed, mixed.plan
+    if verdict is None or verdict.trial_id is None:
+        return None
+    handed = next(t for t in record.trials if t.trial_id == verdict.trial_id)
+    if not is_ruined:
+        return handed, handed.plan
+    if not handed.plan.quantization.keep_float:
+        return None
+    return handed, handed.plan.model_copy(update={"pruning": (), "repair": "none"})
 
 
 def plans_of(ours: Plan, runtime: str) -> dict[str, Plan]:
@@ -89,15 +101,16 @@ def measure(name: str, args: argparse.Namespace, protocol: Protocol) -> dict[str
         ]  # fmt: skip
         record = optimize(arguments, folder / "run", args.minutes)
         row["verdict"] = record.verdict.model_dump(mode="json") if record.verdict else None
-        trial = found_by(record)
-        if trial is None:
+        found = found_by(record)
+        if found is None:
             return row | {"failed": "the run measured no trial in mixed precision"}
-        row |= {"author": trial.author, "plan": trial.plan.model_dump(mode="json")}
+        trial, plan = found
+        row |= {"author": trial.author, "plan": plan.model_dump(mode="json")}
         request = Request(model=model, weights=str(weights), data=str(DEMO_DATA))
         bench = Bench.open(request, folder / "data", deployment)
         labels = bench.workload.splits["test"].labels
         row["original"] = bench.judge.value(bench.original, labels, bench.original)
-        return row | compared(bench, plans_of(trial.plan, trial.plan.runtime), folder, protocol)
+        return row | compared(bench, plans_of(plan, plan.runtime), folder, protocol)
 
 
 def compared(
