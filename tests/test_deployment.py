@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from profiling_agent.deployment import onnx_runtime
 from profiling_agent.deployment.artefact import baseline_size, build_artefact, open_artefact
 from profiling_agent.deployment.lowered import Lowering, keeps_float
 from profiling_agent.deployment.runtimes import RUNTIMES, available
+from profiling_agent.deployment.serving import serve_text
 from profiling_agent.errors import (
     ArtefactError,
     MissingDependency,
@@ -610,11 +612,18 @@ def test_keep_float_patterns() -> None:
         keeps_float("a" * 60 + "!", (r"(a|aa|aaa)+b?(a|aa)+$",))
 
 
-def test_serve_files_share_their_common_part() -> None:
-    folder = Path(artefact_module.__file__).parent / "serving"
-    mark = "# --- the same in every"
-    parts = {path.read_text().split(mark)[1] for path in folder.glob("serve_*.py")}
-    assert len(parts) == 1
+def test_serve_files_share_their_common_part_and_nothing_of_this_package() -> None:
+    mark, endings = "# --- the same in every", set()
+    for runtime in RUNTIMES:
+        text = serve_text(runtime)
+        own, common = text.split(mark)
+        endings.add(common)
+        assert "profiling_agent" not in text and "noqa: F401" not in text
+        defined = [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
+        assert {"read_manifest", "preprocess", "in_blocks", "predict"} <= set(defined)
+        assert len(defined) == len(set(defined))
+        assert {"import json", "import sys", "import threading"} <= set(own.splitlines())
+    assert len(endings) == 1
 
 
 def test_packages_of_the_onnx_runtime_are_found() -> None:

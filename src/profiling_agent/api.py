@@ -15,6 +15,7 @@ from profiling_agent.deployment.artefact import ServedModel, open_artefact
 from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
 from profiling_agent.errors import BudgetError
 from profiling_agent.machine.threads import default_threads
+from profiling_agent.preconditions import default_drop
 from profiling_agent.records.base import describe_faults
 from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
 from profiling_agent.records.profile import Profile
@@ -82,7 +83,7 @@ def optimize(
     try:
         settings = RunSettings(
             budget=Budget(
-                max_drop=loop.default_drop(max_drop, request.unit),
+                max_drop=default_drop(max_drop, request.unit),
                 unit=request.unit,
                 objective=objective,
                 time_s=time_budget,

@@ -250,8 +250,9 @@ def optimize(
     json: Json = False,
 ) -> None:
     """Find, prove and hand over the best artefact within the budget."""
-    from profiling_agent.loop import check_settings, default_drop, optimize_workload
+    from profiling_agent.loop import optimize_workload
     from profiling_agent.planning.planner import find_planner
+    from profiling_agent.preconditions import check_settings, default_drop
     from profiling_agent.records.common import Budget
     from profiling_agent.records.store import RunStore
     from profiling_agent.records.trial import EXIT_CODES, RunSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,15 @@ def answers_of_original(
 ) -> np.ndarray:
     """What the untouched model answers (samples, ...), to the first ``stop`` samples or to all;
     ``ModelError`` when its forward fails."""
-    try:
+    with forward_of_original(split):
         return judge.answers(predictor.logits(data / split, 0, stop))
+
+
+@contextlib.contextmanager
+def forward_of_original(split: SplitName) -> Iterator[None]:
+    """``ModelError``, with what to do, when the untouched model's forward fails on a split."""
+    try:
+        yield
     except TrialError as error:
         raise ModelError(
             f"The untouched model fails on the {split} data: {error} Run it by hand on one batch "

@@ -8,7 +8,6 @@ the test split is opened once, after the candidates are journalled.
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,7 @@ from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.artefact import baseline_size
-from profiling_agent.deployment.runtimes import RUNTIMES, available
 from profiling_agent.errors import (
-    BudgetError,
-    DataError,
     ModelError,
     TrialError,
 )
@@ -33,19 +29,26 @@ from profiling_agent.evaluation.judge import Judge, find_judge
 from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.evaluation.statistics import provable_drop
-from profiling_agent.finish import Finish, answers_of_original, final_seconds
+from profiling_agent.finish import (
+    Finish,
+    answers_of_original,
+    final_seconds,
+    forward_of_original,
+)
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
-from profiling_agent.planning.check import check_budget, check_plan
+from profiling_agent.off_the_shelf import control_plans
+from profiling_agent.planning.check import check_plan
 from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
+from profiling_agent.preconditions import check_settings, check_task
 from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
-from profiling_agent.records.common import DEFAULT_DROP, NotMeasured
+from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.evaluation import Evaluation
-from profiling_agent.records.plan import Plan, Quantization
+from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import DeployedProfile, Profile
 from profiling_agent.records.store import RunStore, read_array, write_array, write_text
 from profiling_agent.records.trial import (
@@ -75,20 +78,6 @@ from profiling_agent.widths import measure_deployed_widths
 PROFILE_SHARE = 0.2
 MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
 """What a profile takes at least: seconds, and forwards of the original on a sample."""
-MAX_OUTPUT_BYTES = 2e9
-"""Of one split's outputs, which are held in memory."""
-LIKELY_FIRST = {
-    ("openvino", "int8-static"): 0,
-    ("openvino", "fp32"): 1,
-    ("onnxruntime", "int8-dynamic"): 2,
-    ("onnxruntime", "fp32"): 3,
-    ("openvino", "bf16"): 4,
-    ("onnxruntime", "int8-static"): 5,
-    ("torch", "int8-dynamic"): 6,
-    ("torch", "fp32"): 7,
-}
-"""Controls in the order in which they are usually worth knowing, in case the time runs out, int8
-beside its float counterpart, which says what int8 gains; the others come last."""
 CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
 """Of the time before the final stage, for controls; they stop there, but not before the second."""
 SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
@@ -150,51 +139,6 @@ def optimize_workload(
     record = draw_record(store, state)
     save_record(store, record)
     return record
-
-
-def default_drop(asked: float | None, unit: str) -> float:
-    """What may be lost when nobody says: half a point; ``BudgetError`` for any other unit."""
-    if asked is not None:
-        return asked
-    if unit != "points":
-        raise BudgetError(
-            "A metric of your own needs --max-drop: what may be lost of it, in its own unit."
-        )
-    return DEFAULT_DROP
-
-
-def check_settings(settings: RunSettings) -> None:
-    """``BudgetError`` for a budget or a runtime that makes no sense."""
-    check_budget(settings.budget)
-    unknown = [name for name in settings.runtimes if name not in RUNTIMES]
-    if unknown:
-        raise BudgetError(f"There is no runtime {unknown[0]!r}; choose from {', '.join(RUNTIMES)}.")
-    if not settings.runtimes:
-        raise BudgetError(f"No runtime was named; choose from {', '.join(RUNTIMES)}.")
-
-
-def check_task(workload: Workload, settings: RunSettings) -> None:
-    """``DataError`` when the data can't decide about the budget, before time is spent."""
-    splits = {split.name: split for split in workload.record.splits}
-    if "search" not in splits or "test" not in splits:
-        raise DataError(
-            "Optimizing needs data: pass --data with labels, or without labels and "
-            "--metric agreement."
-        )
-    num_test, budget = splits["test"].num_samples, settings.budget
-    if workload.record.task.unit == "points" and 100.0 / num_test > budget.max_drop:
-        raise DataError(
-            f"One of the {num_test:,} test samples weighs {100.0 / num_test:.2g} points, more than "
-            f"the budget of {budget.max_drop:g}. Give more test data, or allow a larger --max-drop."
-        )
-    task, most = workload.record.task, max(split.num_samples for split in splits.values())
-    num_bytes = 4 * most * math.prod(task.output_shape)
-    if num_bytes > MAX_OUTPUT_BYTES:
-        raise DataError(
-            f"The outputs of {most:,} samples, {task.output_shape} each, would take "
-            f"{num_bytes / 1e9:.0f} GB. Reduce them in the model's factory (to classes, say, or to "
-            "what the metric needs), or give fewer samples."
-        )
 
 
 class _Run:
@@ -321,12 +265,10 @@ class _Run:
 
     def _seconds_a_call(self, predictor: Predictor) -> float:
         """A first look at the original's latency; ``ModelError`` when its forward fails."""
-        try:
+        with forward_of_original("calibration"):
             predictor.prepare(self.store.data / "calibration")
             predictor.time_block(0.0, 1, 1)
             return median(predictor.time_block(0.1, 2, 1)) / 1e3
-        except TrialError as error:
-            raise ModelError(f"The untouched model can't be timed: {error}") from None
 
     def _search_samples(self, call_s: float) -> int:
         """How many samples of the search split the time allows to look at in every trial."""
@@ -382,7 +324,10 @@ class _Run:
         """Every runtime's off-the-shelf artefacts: what the user gets without us."""
         done = {trial.plan.plan_id for trial in self.state.trials}
         ends = self.left - CONTROLS_SHARE * (self.left - self._reserve())
-        for plan in self._control_plans():
+        plans, left_out = control_plans(self.machine, self.settings)
+        for sentence in left_out:
+            self._warn(sentence)
+        for plan in plans:
             if plan.plan_id in done:
                 continue
             num_done, likely = len(self.state.trials), self._usual_trial_s()
@@ -395,31 +340,6 @@ class _Run:
                 continue
             trial_id = f"c{len(self.state.trials) + 1}"
             self._try(runner, trial_id, plan, "control", is_control=True)
-
-    def _control_plans(self) -> list[Plan]:
-        """What the runtimes offer here as it is, the likeliest first; warns of what they don't."""
-        plans: list[Plan] = []
-        for offer in available(self.machine):
-            if offer.runtime not in self.settings.runtimes:
-                continue
-            for refused in offer.refused:
-                self._warn(f"{offer.runtime} {refused.what} is left out: {refused.reason}.")
-            if offer.version is None:
-                self._warn(f"{offer.runtime} is {offer.reason}; it often is faster.")
-            plans += [
-                Plan(
-                    seed=self.settings.seed,
-                    runtime=offer.runtime,  # pyright: ignore[reportArgumentType]
-                    quantization=Quantization(scheme=scheme),
-                    repair="none",
-                    why="off the shelf",
-                )
-                for scheme in offer.schemes
-            ]
-        last = len(LIKELY_FIRST)
-        return sorted(
-            plans, key=lambda plan: LIKELY_FIRST.get((plan.runtime, plan.quantization.scheme), last)
-        )
 
     def _call_s(self) -> float:
         baseline = self.state.baseline

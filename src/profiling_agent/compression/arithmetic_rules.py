@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,15 @@ from profiling_agent.compression.axis_rules import (
     unknown,
 )
 from profiling_agent.compression.slots import HEADS, Axis
+
+
+def _set_first(axes: Axes, out: Any, ours: Sequence[Axis]) -> None:
+    """Axes of the first output; the others are statistics that nobody reads."""
+    first, *others = outputs_of(out)
+    axes.set(first, ours)
+    for other in others:
+        axes.set(other, [axes.fixed(n) for n in other.shape])
+
 
 # ---- products
 
@@ -162,10 +172,7 @@ def _attention(axes: Axes, args: Any, kwargs: Any, out: Any) -> None:
     slots.tie(query[-1], key[-1])
     slots.freeze(key[-2], POSITIONS)
     slots.freeze(value[-2], POSITIONS)
-    results = outputs_of(out)
-    axes.set(results[0], [*query[:-1], value[-1]])
-    for extra in results[1:]:
-        axes.set(extra, [axes.fixed(n) for n in extra.shape])
+    _set_first(axes, out, [*query[:-1], value[-1]])
     mask = kwargs.get("attn_mask")
     if isinstance(mask, Tensor):
         for ours, theirs in zip(reversed(axes.of(mask)[:-2]), reversed(query[:-2]), strict=False):
@@ -190,10 +197,7 @@ def _batch_norm(axes: Axes, args: Any, kwargs: Any, out: Any) -> None:
     for tensor in args[1:5]:
         if isinstance(tensor, Tensor):
             axes.slots.tie(axes.of(tensor)[0], ours[1])
-    results = outputs_of(out)
-    axes.set(results[0], ours)
-    for extra in results[1:]:
-        axes.set(extra, [axes.fixed(n) for n in extra.shape])
+    _set_first(axes, out, ours)
 
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
@@ -205,10 +209,7 @@ def _layer_norm(axes: Axes, args: Any, kwargs: Any, out: Any) -> None:
         if isinstance(tensor, Tensor):
             for axis, theirs in zip(ours[-normed:], axes.of(tensor), strict=True):
                 axes.slots.tie(theirs, axis)
-    results = outputs_of(out)
-    axes.set(results[0], ours)
-    for extra in results[1:]:
-        axes.set(extra, [axes.fixed(n) for n in extra.shape])
+    _set_first(axes, out, ours)
 
 
 @rule("native_group_norm")
@@ -222,10 +223,7 @@ def _group_norm(axes: Axes, args: Any, kwargs: Any, out: Any) -> None:
     for tensor in args[1:3]:
         if isinstance(tensor, Tensor):
             axes.slots.tie(axes.of(tensor)[0], ours[1])
-    results = outputs_of(out)
-    axes.set(results[0], ours)
-    for extra in results[1:]:
-        axes.set(extra, [axes.fixed(n) for n in extra.shape])
+    _set_first(axes, out, ours)
 
 
 @rule("_softmax", "softmax", "_log_softmax", "_safe_softmax", "cumsum", "sort")

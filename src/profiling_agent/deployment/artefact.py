@@ -32,6 +32,7 @@ from profiling_agent.deployment.opened import (
     feed_of,
 )
 from profiling_agent.deployment.runtimes import get_runtime
+from profiling_agent.deployment.serving import serve_text
 from profiling_agent.deployment.telemetry import no_telemetry
 from profiling_agent.errors import ArtefactError, MissingDependency, StorageError, TrialError
 from profiling_agent.machine.processor import describe_machine
@@ -43,7 +44,6 @@ from profiling_agent.records.workload import WorkloadRecord
 
 PLAN = "plan.json"
 PARITY_TOLERANCE = 1e-3
-_SERVING = Path(__file__).parent / "serving"
 _serial = itertools.count()
 
 
@@ -172,7 +172,7 @@ def _build(
 ) -> BuiltArtefact:
     deployment = lowering.deployment
     lowered = runtime.lower(model, example, lowering, draft)
-    shutil.copyfile(_SERVING / f"serve_{runtime.name}.py", draft / SERVE)
+    (draft / SERVE).write_text(serve_text(runtime.name), encoding="utf-8")
     (draft / PLAN).write_text(plan.to_json(), encoding="utf-8")
     built = BuiltArtefact(
         runtime=runtime.name,

@@ -23,9 +23,6 @@ _INT8_PRODUCTS = {
 _BF16_PRODUCTS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm bf16"}
 _X86 = ("x86_64", "amd64", "i686")
 
-DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
-"""Of onnxruntime, as in its ``serve.py``: puts in int8 what was kept float between int8 layers."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Support:

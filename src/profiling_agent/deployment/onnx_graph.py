@@ -14,22 +14,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from profiling_agent.deployment.capabilities import DISABLED_OPTIMIZERS
 from profiling_agent.deployment.exporting import WRAPPER_PREFIX
+from profiling_agent.deployment.onnx_operators import (
+    DISABLED_OPTIMIZERS,
+    INT8_PRODUCTS,
+    PRODUCTS,
+)
 
 MODEL_FILE = "model.onnx"
 # A protobuf message ends at 2 GiB; weights beyond this go into a file beside the graph.
 MAX_INLINE_BYTES = 1_800_000_000
-PRODUCTS = ("Conv", "MatMul", "Gemm")
-INT8_PRODUCTS = (
-    "QLinearConv",
-    "ConvInteger",
-    "QLinearMatMul",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-    "QGemm",
-)
 _FLOAT_PRODUCTS = (
     *PRODUCTS,
     "ConvTranspose",

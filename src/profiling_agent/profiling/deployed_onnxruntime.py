@@ -15,22 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from profiling_agent.deployment.capabilities import DISABLED_OPTIMIZERS
+from profiling_agent.deployment.onnx_operators import (
+    DISABLED_OPTIMIZERS,
+    INT8_PRODUCTS,
+    PRODUCTS,
+)
 from profiling_agent.errors import MissingDependency
 from profiling_agent.records.profile import OperatorCost
 
 MODEL_FILE, OPTIMIZED = "model.onnx", "optimized.onnx"
 WARM_UP = 3
-_PRODUCTS = ("Conv", "MatMul", "Gemm")
-_INT8_PRODUCTS = (
-    "QLinearConv",
-    "ConvInteger",
-    "QLinearMatMul",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-    "QGemm",
-)
 # They only change how values are laid out or stored, for the node that reads them.
 _CONVERSIONS = (
     "Cast",
@@ -156,7 +150,7 @@ def _cost(
 
 
 def _precision(arguments: dict[str, Any]) -> str | None:
-    if arguments["op_name"] in _INT8_PRODUCTS:
+    if arguments["op_name"] in INT8_PRODUCTS:
         return "i8"
     types = [next(iter(entry)) for entry in arguments.get("input_type_shape", []) if entry]
     return _PRECISIONS.get(types[0], types[0]) if types else None
@@ -172,7 +166,7 @@ def _origin(node: Any, writers: dict[str, Any]) -> str | None:
     writer = next((writers[name] for name in tensors if name in writers), None)
     if writer is None or "::" not in writer.name:
         return None
-    if node.op_type in _PRODUCTS:
+    if node.op_type in PRODUCTS:
         writer = _product_before(writer, writers)
     return writer.name.partition("::")[0]
 
@@ -181,7 +175,7 @@ def _product_before(node: Any, writers: dict[str, Any]) -> Any:
     """The product a fused node was made of: the node itself, or the one an activation follows."""
     before = node
     for _ in range(_MAX_STEPS):
-        if before.op_type in _PRODUCTS:
+        if before.op_type in PRODUCTS:
             return before
         found = next((writers[name] for name in before.input if name in writers), None)
         if found is None:
