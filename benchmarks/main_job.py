@@ -112,7 +112,8 @@ def optimize(name: str, minutes: float, out: Path) -> dict[str, Any]:
         "--json",
     ]  # fmt: skip
     start = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    alone = os.environ | {"PROFILING_AGENT_CACHE": "off"}  # nothing from earlier runs
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=alone)
     seconds = time.monotonic() - start
     if not done.stdout:
         return {"workload": name, "exit_code": done.returncode, "wall_s": seconds}

@@ -11,6 +11,7 @@ CIFAR-10's training images), no labels. All methods cut the same groups to the s
     variance         one ratio likewise, VBP's activation variance and mean shift (2507.12988)
     torch-pruning    its BasePruner with magnitude importance and its defaults, without training
     ours             ratios by measured sensitivity, optimal-brain scores, least-squares repair
+    ours, ...        the same ratios and repair with the units chosen by another importance
 
 With ``--latency`` the points of ours are also built for every runtime and raced against the whole
 model in the same runtime and scheme. Exit code 1 when a target is missed.
@@ -58,6 +59,7 @@ QUICK_CUTS = (0.15, 0.25)
 FORWARDS = 25
 """What sensitivity and planning for ViT-Tiny may cost, in forwards over the test images."""
 SCHEMES = ("fp32", "int8-static")
+OTHER_IMPORTANCE = ("magnitude", "variance", "taylor")
 RACE = Protocol(num_blocks=8, block_s=0.15)
 
 
@@ -214,6 +216,8 @@ def measure(name: str, cuts: Sequence[float], args: argparse.Namespace) -> dict[
                 ("variance", "variance", "mean-shift"),
             ):
                 point[method] = bench.point(uniform(bench, importance, repair, wanted))
+            for importance in OTHER_IMPORTANCE:
+                point[f"ours, {importance}"] = bench.point(with_units_by(plans[wanted], importance))
             point["torch_pruning"] = attempted(lambda w=wanted: of_torch_pruning(bench, w))
             point["plan"] = plans[wanted].model_dump(mode="json")
             result["points"].append(point)
@@ -221,6 +225,11 @@ def measure(name: str, cuts: Sequence[float], args: argparse.Namespace) -> dict[
         if args.latency:
             result["latency"] = latencies(bench, plans, args.threads, Path(temporary))
         return result
+
+
+def with_units_by(plan: Plan, importance: str) -> Plan:
+    lines = tuple(line.model_copy(update={"importance": importance}) for line in plan.pruning)
+    return plan.model_copy(update={"pruning": lines})
 
 
 def of_torch_pruning(bench: Bench, wanted: float) -> dict[str, Any]:
@@ -309,7 +318,7 @@ def faults_of(result: dict[str, Any]) -> list[str]:
 
 
 def show(point: dict[str, Any]) -> str:
-    methods = ("ours", "variance", "magnitude", "torch_pruning")
+    methods = [name for name in point if name not in ("wanted", "plan")]
     shown = "  ".join(
         f"{name} {point[name]['accuracy']:6.2f} % (-{point[name]['cut']:.1%})"
         if "accuracy" in point[name]

@@ -607,6 +607,20 @@ def test_a_float_control_over_the_budget_is_given_up_and_an_int8_one_is_not() ->
     assert proposal.plan.quantization.keep_float
 
 
+def test_int8_over_the_budget_is_rescued_before_anything_is_pruned() -> None:
+    profile, solver = profile_of(), find_planner("solver")
+    history = [control("c2", FP32, 0.8, 3.0), control("c3", INT8, 0.2, 1.0)]
+    for number, drop in enumerate((1.0, 0.3)):
+        proposal = solver.propose(profile, history, BUDGET, 0)
+        assert proposal is not None
+        assert proposal.plan.quantization.scheme == "int8-dynamic"
+        assert proposal.plan.quantization.keep_float and not proposal.plan.pruning
+        history.append(tried(number, proposal.plan, 0.3, drop))
+    proposal = solver.propose(profile, history, BUDGET, 0)
+    assert proposal is not None
+    assert proposal.plan.pruning and proposal.plan.quantization.keep_float
+
+
 # ---- checking -----------------------------------------------------------------------------------
 
 

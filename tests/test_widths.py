@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from profiling_agent.errors import PlanError
-from profiling_agent.records.common import Deployment
+from profiling_agent.profiling.width_cache import WidthCache, default_folder
+from profiling_agent.records.common import Deployment, Machine
 from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile, SensitivityPoint
@@ -77,7 +78,9 @@ PROFILE = make_profile(
 )
 
 
-def measure(runner: FakeRunner, tmp_path: Path, seconds: float = 60.0) -> Any:
+def measure(
+    runner: FakeRunner, tmp_path: Path, seconds: float = 60.0, cache: WidthCache | None = None
+) -> Any:
     return measure_deployed_widths(
         runner,  # type: ignore[arg-type]
         PROFILE,
@@ -87,6 +90,7 @@ def measure(runner: FakeRunner, tmp_path: Path, seconds: float = 60.0) -> Any:
         control_folder=lambda trial_id: tmp_path / trial_id,
         seconds=seconds,
         call_s=0.01,
+        cache=cache,
     )
 
 
@@ -112,3 +116,88 @@ def test_what_cannot_be_built_or_was_not_reached_is_listed(tmp_path: Path) -> No
     tables, missing = measure(FakeRunner(PROFILE), tmp_path, seconds=-1.0)
     assert tables == ()
     assert {entry.reason for entry in missing} == {"the profiling time ran out"}
+
+
+# ---- widths of earlier runs ---------------------------------------------------------------------
+
+
+def make_cache(folder: Path | None, **changes: Any) -> WidthCache:
+    machine: Machine = PROFILE.machine.model_copy(
+        update={"versions": {"openvino": changes.pop("version", "1.0")}}
+        | {k: v for k, v in changes.items() if k in Machine.model_fields}
+    )
+    deployment = Deployment(threads=changes.get("threads", 1))
+    return WidthCache(folder=folder, machine=machine, deployment=deployment)
+
+
+def test_the_next_model_of_the_same_shapes_has_its_widths_for_free(tmp_path: Path) -> None:
+    first = FakeRunner(PROFILE)
+    timed, _ = measure(first, tmp_path, cache=make_cache(tmp_path / "cache"))
+    second = FakeRunner(PROFILE)
+    again, missing = measure(second, tmp_path, seconds=-1.0, cache=make_cache(tmp_path / "cache"))
+    assert missing == ()
+    assert first.plans and not second.plans
+    assert [t.is_reused for t in timed] == [False, False]
+    assert [t.is_reused for t in again] == [True, True]
+    assert [t.model_copy(update={"is_reused": False}) for t in again] == list(timed)
+
+
+def test_milliseconds_are_kept_and_become_shares_of_the_model_at_hand(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    timed, _ = measure(FakeRunner(PROFILE), tmp_path, cache=cache)
+    whole = make_control("c1", "openvino", "int8-static").evaluation
+    assert whole is not None and whole.timing is not None
+    shape = timed[0].shape_class
+    found = cache.find("openvino", "int8-static", shape, whole.timing.median_ms * 2)
+    assert found is not None
+    assert [p.saved for p in found.points] == pytest.approx([p.saved / 2 for p in timed[0].points])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": "2.0"},
+        {"processor": "another"},
+        {"features": ("sse2",)},
+        {"cpu_quota": 1.5},
+        {"threads": 2},
+    ],
+)
+def test_another_machine_runtime_or_deployment_shares_nothing(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    measure(FakeRunner(PROFILE), tmp_path, cache=make_cache(tmp_path / "cache"))
+    runner = FakeRunner(PROFILE)
+    tables, _ = measure(runner, tmp_path, cache=make_cache(tmp_path / "cache", **changes))
+    assert runner.plans and not any(table.is_reused for table in tables)
+
+
+def test_a_table_that_is_not_whole_is_not_kept(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    measure(FakeRunner(PROFILE, refuses="small"), tmp_path, cache=cache)
+    tables, missing = measure(FakeRunner(PROFILE), tmp_path, seconds=-1.0, cache=cache)
+    assert [table.shape_class for table in tables] == ["mlp/64"]
+    assert {entry.what for entry in missing} == {"widths of mlp/32 in openvino int8-static"}
+
+
+def test_files_that_are_broken_or_cannot_be_written_cost_time_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    cache = make_cache(tmp_path / "cache")
+    measure(FakeRunner(PROFILE), tmp_path, cache=cache)
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text("{")
+    runner = FakeRunner(PROFILE)
+    tables, missing = measure(runner, tmp_path, cache=cache)
+    assert runner.plans and missing == () and len(tables) == 2
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", None):  # a file where the folder should be; no folder at all
+        tables, missing = measure(FakeRunner(PROFILE), tmp_path, cache=make_cache(folder))
+        assert missing == () and len(tables) == 2
+
+
+def test_where_widths_are_kept() -> None:
+    assert default_folder({"PROFILING_AGENT_CACHE": "off"}) is None
+    assert default_folder({"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")
+    assert default_folder({"XDG_CACHE_HOME": "/c"}) == Path("/c/profiling-agent/widths")
+    assert default_folder({}) == Path.home() / ".cache" / "profiling-agent" / "widths"

@@ -46,6 +46,7 @@ from profiling_agent.planning.history import feasible, pareto, relative_latency,
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
 from profiling_agent.preconditions import check_settings, check_task
 from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
+from profiling_agent.profiling.width_cache import WidthCache, default_folder
 from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.plan import Plan
@@ -435,6 +436,9 @@ class _Run:
                 control_folder=self.store.trial,
                 seconds=seconds,
                 call_s=self._call_s(),
+                cache=WidthCache(
+                    folder=default_folder(), machine=profile.machine, deployment=self.deployment
+                ),
             )
         return profile.model_copy(
             update={

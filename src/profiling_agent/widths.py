@@ -22,6 +22,7 @@ from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.machine.clock import now
 from profiling_agent.planning.history import Pair, pair_of
 from profiling_agent.profiling.group_costs import levels
+from profiling_agent.profiling.width_cache import WidthCache
 from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.patterns import units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
@@ -44,22 +45,32 @@ def measure_deployed_widths(
     control_folder: Callable[[str], Path],
     seconds: float,
     call_s: float,
+    cache: WidthCache | None = None,
 ) -> tuple[tuple[DeployedWidths, ...], tuple[NotMeasured, ...]]:
     """Tables of the controls' runtimes and schemes, the first control first, in about ``seconds``.
 
     ``folder`` is for the artefacts that are built and thrown away; ``split`` has the samples that
-    are timed. What the time did not reach, or can't be built, is listed with the reason.
+    are timed. What the time did not reach, or can't be built, is listed with the reason. Tables in
+    the ``cache`` take no time, and those that are timed in full go into it.
     """
     deadline = now() + seconds
     tables: list[DeployedWidths] = []
     missing: list[NotMeasured] = []
     for control in controls:
         pair = pair_of(control)
+        whole_ms = _median_ms(control)
         points: dict[str, list[SharePoint]] = {}
-        for shape, ratio, groups in _steps(profile):
+        unfinished: set[str] = set()
+        steps = list(_steps(profile))
+        known = _known(cache, pair, [shape for shape, _, _ in steps], whole_ms)
+        tables += known.values()
+        for shape, ratio, groups in steps:
+            if shape in known:
+                continue
             what = f"widths of {shape} in {pair.runtime} {pair.scheme}"
             if now() > deadline:
                 missing.append(NotMeasured(what=what, reason="the profiling time ran out"))
+                unfinished.add(shape)
                 continue
             try:
                 point = _measure(
@@ -75,16 +86,33 @@ def measure_deployed_widths(
                 points.setdefault(shape, []).append(point)
             except (TrialError, PlanError, MissingDependency) as error:
                 missing.append(NotMeasured(what=what, reason=str(error)))
-        tables += [
-            DeployedWidths(
+                unfinished.add(shape)
+        for shape, found in points.items():
+            table = DeployedWidths(
                 runtime=pair.runtime,
                 scheme=pair.scheme,
                 shape_class=shape,
                 points=tuple(sorted(found, key=lambda point: point.width)),
             )
-            for shape, found in points.items()
-        ]
+            tables.append(table)
+            if cache is not None and shape not in unfinished:
+                cache.keep(table, whole_ms)
     return tuple(tables), tuple(missing)
+
+
+def _median_ms(control: Trial) -> float | None:
+    timing = control.evaluation.timing if control.evaluation else None
+    return None if timing is None else timing.median_ms
+
+
+def _known(
+    cache: WidthCache | None, pair: Pair, shapes: Sequence[str], whole_ms: float | None
+) -> dict[str, DeployedWidths]:
+    """Tables of earlier runs, by shape."""
+    if cache is None:
+        return {}
+    found = {s: cache.find(pair.runtime, pair.scheme, s, whole_ms) for s in shapes}
+    return {shape: table for shape, table in found.items() if table is not None}
 
 
 def _steps(profile: Profile) -> Iterator[tuple[str, float, list[GroupCost]]]:

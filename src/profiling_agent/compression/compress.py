@@ -16,15 +16,21 @@ from profiling_agent.compression.group import Kept
 from profiling_agent.compression.groups import Discovery, find_groups
 from profiling_agent.compression.importance import removal_order
 from profiling_agent.compression.recast import recast
-from profiling_agent.compression.repair import recalibrate_batch_norms, repair_consumers
+from profiling_agent.compression.repair import (
+    recalibrate_batch_norms,
+    repair_consumers,
+    with_chosen_ridge,
+)
 from profiling_agent.compression.statistics import Moments, consumers_of, gather_moments
 from profiling_agent.compression.surgery import NewWeights, remove_units
+from profiling_agent.compression.taylor import gather_changes
 from profiling_agent.errors import TrialError
 from profiling_agent.records.evaluation import Achieved
 from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Importance, Plan, Repair
 
 CALIBRATION_BATCH = 32
+GRADIENT_BATCH = 8
 CALIBRATION_SAMPLES = 512
 
 
@@ -60,12 +66,29 @@ class Compressor:
     @cached_property
     def moments(self) -> dict[str, Moments]:
         names = consumers_of(self.model, self.discovery.groups)
-        return gather_moments(self.model, names, self.calibration_batches())
+        moments = gather_moments(self.model, names, self.calibration_batches())
+        return {
+            name: with_chosen_ridge(self.model.get_submodule(name), moments.pop(name))
+            for name in names
+            if name in moments
+        }
 
-    def calibration_batches(self, limit: int = CALIBRATION_SAMPLES) -> Iterator[dict[str, Tensor]]:
-        """Preprocessed calibration samples, 32 at a time."""
+    @cached_property
+    def changes(self) -> dict[str, Tensor]:
+        """What ``gather_changes`` finds, in small batches, since gradients need all activations."""
+        return gather_changes(
+            self.model,
+            self.moments,
+            self.calibration_batches(batch_size=GRADIENT_BATCH),
+            has_classes=self.workload.record.task.num_classes is not None,
+        )
+
+    def calibration_batches(
+        self, limit: int = CALIBRATION_SAMPLES, batch_size: int = CALIBRATION_BATCH
+    ) -> Iterator[dict[str, Tensor]]:
+        """Preprocessed calibration samples, ``batch_size`` at a time."""
         split = self.workload.splits["calibration"]
-        for raw, _labels in split.batches(CALIBRATION_BATCH, limit):
+        for raw, _labels in split.batches(batch_size, limit):
             yield self.workload.tensors(raw)
 
     def order(self, group_id: str, importance: Importance) -> np.ndarray:
@@ -73,7 +96,8 @@ class Compressor:
         if key not in self._orders:
             group = next(g for g in self.discovery.groups if g.id == group_id)
             moments = {} if importance == "magnitude" else self.moments
-            self._orders[key] = removal_order(self.model, group, importance, moments)
+            changes = self.changes if importance == "taylor" else None
+            self._orders[key] = removal_order(self.model, group, importance, moments, changes)
         return self._orders[key]
 
     def keep(self, group_id: str, num_kept: int, importance: Importance) -> np.ndarray:

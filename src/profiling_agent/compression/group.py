@@ -76,6 +76,12 @@ class Group:
         """The members that read the units."""
         return tuple(member for member in self.members if member.axis == "in")
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """Everything that is changed when units go."""
+        parts = (*self.members, *self.sizes, *self.norms)
+        return frozenset(part.module for part in parts)
+
 
 Kept = Mapping[str, np.ndarray]
 """Group id to the sorted indices of the units that stay; a group not named stays whole."""

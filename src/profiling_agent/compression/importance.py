@@ -2,6 +2,7 @@
 
 ``magnitude``   squared weights over all layers of the group (Li et al. 2017, DepGraph's L2 form).
 ``variance``    variance of the unit's activation times its outgoing weights (VBP, 2507.12988).
+``taylor``      divergence of the model's outputs to second order (``taylor.py``).
 ``obs``         growth of the consumers' squared error when the unit goes and the rest is refitted:
                 for unit j with columns J, ``tr(W_J (C^-1)_JJ^-1 W_J^T)`` (Optimal Brain Surgeon,
                 block form; Optimal Brain Compensation, 2608.17657). Weights and inverse are
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from profiling_agent.compression.group import Group, Member
-from profiling_agent.compression.repair import RIDGE
 from profiling_agent.compression.statistics import Moments
 from profiling_agent.records.plan import Importance
 
@@ -31,12 +31,17 @@ POOL = 2
 
 
 def removal_order(
-    model: nn.Module, group: Group, importance: Importance, moments: Mapping[str, Moments]
+    model: nn.Module,
+    group: Group,
+    importance: Importance,
+    moments: Mapping[str, Moments],
+    changes: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
     """All units of the group, least important first.
 
-    ``variance`` and ``obs`` need moments of the group's consumers; where none are known (a kind of
-    consumer that can't be described) magnitude takes their place.
+    ``variance`` and ``obs`` need moments of the group's consumers, ``taylor`` the ``changes`` that
+    ``gather_changes`` makes of them; where no moments are known (a kind of consumer that can't be
+    described) magnitude takes their place.
     """
     known = [member for member in group.consumers if member.module in moments]
     if importance == "magnitude" or not known:
@@ -44,7 +49,19 @@ def removal_order(
     if importance == "variance":
         scores = sum(_variance(model, member, moments[member.module]) for member in known)
         return np.argsort(np.asarray(scores), kind="stable")
+    if importance == "taylor":
+        assert changes is not None
+        return np.argsort(_taylor(known, changes), kind="stable")
     return _surgeon_order(model, group, known, moments)
+
+
+def _taylor(known: list[Member], changes: Mapping[str, Tensor]) -> np.ndarray:
+    """Mean square of what a unit changes through all its consumers together."""
+    together = sum(
+        changes[member.module][:, torch.from_numpy(member.units)].sum(-1) for member in known
+    )
+    assert isinstance(together, Tensor)
+    return together.double().square().mean(0).numpy()
 
 
 def _magnitude(model: nn.Module, group: Group) -> np.ndarray:
@@ -82,7 +99,7 @@ class _Consumer:
     def __init__(self, layer: nn.Module, member: Member, moments: Moments) -> None:
         assert isinstance(layer.weight, Tensor)
         gram = moments.second if layer.bias is None else moments.covariance
-        ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+        ridge = moments.ridge * gram.diagonal().mean().clamp_min(1e-12)
         self.inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
         self.weight = layer.weight.detach().double().flatten(1).clone()
         self.columns = _columns(layer, member)

@@ -7,12 +7,14 @@ the weights V and bias c that minimise ``E |W x + b - (V x_S + c)|^2 + r |V - W_
 
 with mu and C the mean and covariance of x (He et al. 2017 without the alternation; Optimal Brain
 Compensation and CORP use the same normal equations). Mean shift is the cheap form, V = W_S.
-A layer without a bias keeps none: there the raw second moment takes the place of C.
+A layer without a bias keeps none: there the raw second moment takes the place of C. The ridge r is
+chosen for each layer by the error on inputs that were held out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,12 +22,12 @@ from torch import Tensor, nn
 
 from profiling_agent.acquisition.workload import compute_logits
 from profiling_agent.compression.group import Group, Kept, removed_indices
-from profiling_agent.compression.statistics import Moments
+from profiling_agent.compression.statistics import RIDGE, Moments
 from profiling_agent.compression.surgery import NewWeights
 from profiling_agent.records.plan import Repair
 
-RIDGE = 1e-3
-"""Of the mean variance of the inputs."""
+RIDGES = (RIDGE, 1e-4, 1e-2, 1e-1)
+"""Tried on held-out inputs; the first wins a tie."""
 
 
 def repair_consumers(
@@ -42,11 +44,12 @@ def repair_consumers(
     for (name, axis, _, _), gone in removed_indices(groups, kept).items():
         if axis == "in" and name in moments:
             layer = model.get_submodule(name)
-            repaired[name] = _refit(layer, gone, moments[name], method)
+            repaired[name] = refit(layer, gone, moments[name], method)
     return repaired
 
 
-def _refit(layer: nn.Module, gone: np.ndarray, moments: Moments, method: Repair) -> NewWeights:
+def refit(layer: nn.Module, gone: np.ndarray, moments: Moments, method: Repair) -> NewWeights:
+    """New weights of one consumer without the inputs ``gone``; ``method`` is not ``none``."""
     assert isinstance(layer.weight, Tensor)
     full = layer.weight.detach()
     weight = full.double().flatten(1)
@@ -54,7 +57,7 @@ def _refit(layer: nn.Module, gone: np.ndarray, moments: Moments, method: Repair)
     stay = torch.from_numpy(columns_that_stay(layer, gone))
     if method == "least-squares":
         gram = moments.second if bias is None else moments.covariance
-        new = _least_squares(weight, gram, stay)
+        new = _least_squares(weight, gram, stay, moments.ridge)
     else:
         new = weight[:, stay]
     if bias is not None:
@@ -74,10 +77,36 @@ def columns_that_stay(layer: nn.Module, gone: np.ndarray) -> np.ndarray:
     return (stay[:, None] * patch + np.arange(patch)).reshape(-1)
 
 
-def _least_squares(weight: Tensor, gram: Tensor, stay: Tensor) -> Tensor:
+def with_chosen_ridge(layer: nn.Module, moments: Moments) -> Moments:
+    """The moments with the ridge that reconstructs the held-out inputs best, and without these.
+
+    Judged with every second input gone, fitted to all inputs but the held ones.
+    """
+    assert isinstance(layer.weight, Tensor)
+    ridge, size = RIDGE, layer.weight.shape[1]
+    if len(moments.held) and size > 1:
+        known, gone = moments.without_held(), np.arange(1, size, 2)
+        errors = [_held_error(layer, gone, replace(known, ridge=r), moments.held) for r in RIDGES]
+        ridge = RIDGES[int(np.argmin(errors))]
+    return replace(moments, held=moments.held[:0], ridge=ridge)
+
+
+def _held_error(layer: nn.Module, gone: np.ndarray, moments: Moments, held: Tensor) -> float:
+    """Mean squared change of the layer's outputs on the held inputs, refitted without ``gone``."""
+    assert isinstance(layer.weight, Tensor)
+    new = refit(layer, gone, moments, "least-squares")
+    stay = torch.from_numpy(columns_that_stay(layer, gone))
+    change = held @ layer.weight.detach().flatten(1).T - held[:, stay] @ new.weight.flatten(1).T
+    if new.bias is not None:
+        assert isinstance(layer.bias, Tensor)
+        change += layer.bias.detach() - new.bias
+    return float(change.double().square().mean())
+
+
+def _least_squares(weight: Tensor, gram: Tensor, stay: Tensor, ridge: float) -> Tensor:
     inner = gram[stay][:, stay]
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
-    inner = inner + ridge * torch.eye(len(stay), dtype=inner.dtype)
+    added = ridge * gram.diagonal().mean().clamp_min(1e-12)
+    inner = inner + added * torch.eye(len(stay), dtype=inner.dtype)
     # pulled towards the old weights and not towards zero: what the data never excites keeps
     # the weight it had
     old = weight[:, stay]

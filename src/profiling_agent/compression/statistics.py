@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from profiling_agent.acquisition.workload import compute_logits
 from profiling_agent.compression.group import Group
 
+RIDGE = 1e-3
+"""Of the mean variance of the inputs, where nothing was held out to choose it by."""
 MAX_ROWS_PER_SAMPLE = 64
 """Positions of one sample that enter a Gram matrix; neighbouring ones say nearly the same."""
 
@@ -25,15 +27,31 @@ class Moments:
     """Mean (d,) and mean outer product (d, d) of a layer's input, double precision.
 
     For a convolution an input is an unfolded patch, channel-major: d = channels x kernel size.
+    ``held`` (rows, d) are the inputs of some samples, single precision, with which a choice can be
+    judged that was made ``without_held``; empty when there is a single batch. ``ridge`` is the
+    regularisation of a refit, as a share of the mean variance.
     """
 
     mean: Tensor
     second: Tensor
     num_rows: int
+    held: Tensor
+    ridge: float = RIDGE
 
     @property
     def covariance(self) -> Tensor:
         return self.second - torch.outer(self.mean, self.mean)
+
+    def without_held(self) -> Moments:
+        """Those of all inputs but the held ones."""
+        held = self.held.double()
+        left = self.num_rows - len(held)
+        return Moments(
+            mean=(self.mean * self.num_rows - held.sum(0)) / left,
+            second=(self.second * self.num_rows - held.T @ held) / left,
+            num_rows=left,
+            held=self.held[:0],
+        )
 
 
 def repairable(layer: nn.Module) -> bool:
@@ -74,14 +92,17 @@ class _Sum:
     def __init__(self) -> None:
         self.mean: Tensor | None = None
         self.second: Tensor | None = None
+        self.held: list[Tensor] = []
         self.num_rows = 0
 
     def add(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = input_rows(layer, args[0])
-        mean, second = rows.sum(0).double(), (rows.T @ rows).double()
+        exact = rows.double()
+        mean, second = exact.sum(0), exact.T @ exact
         self.mean = mean if self.mean is None else self.mean + mean
         self.second = second if self.second is None else self.second + second
         self.num_rows += rows.shape[0]
+        self.held.append(rows[: rows.shape[0] // len(args[0])].clone())  # of the first sample
 
     def moments(self) -> Moments:
         assert self.mean is not None and self.second is not None
@@ -89,6 +110,7 @@ class _Sum:
             mean=self.mean / self.num_rows,
             second=self.second / self.num_rows,
             num_rows=self.num_rows,
+            held=torch.cat(self.held if len(self.held) > 1 else [self.held[0][:0]]),
         )
 
 

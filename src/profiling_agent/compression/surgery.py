@@ -135,10 +135,7 @@ def _norms(groups: Sequence[Group], kept: Kept) -> dict[str, list[tuple[Norm, np
 @contextmanager
 def restoring(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
     """Put parameters, buffers and attributes of the groups' modules back afterwards."""
-    names = {m.module for g in groups for m in g.members}
-    names |= {s.module for g in groups for s in g.sizes} | {
-        n.module for g in groups for n in g.norms
-    }
+    names = {name for group in groups for name in group.modules}
     before: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for name in sorted(names):
         module = model.get_submodule(name)

@@ -130,16 +130,31 @@ def _propose_for(
     low, high = allowance_bracket(profile, history, budget, pair)
     shrink = _shrink(profile, history, budget, pair, high)
     allowance = _next_allowance(low, high, _points(budget, history), shrink)
+    prune = not _needs_rescue(pair, history, budget)
     for _ in range(MAX_STEPS):
         if allowance is None:
             return None
-        proposal = solve(pair, profile, history, budget, seed, allowance)
+        proposal = solve(pair, profile, history, budget, seed, allowance, prune=prune)
         if proposal is not None and proposal.plan.plan_id not in tried:
             return proposal
         allowance *= 1.25
         if high is not None and allowance >= high:
             return None
     return None
+
+
+def _needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
+    """Whether all that was tried of an int8 scheme is over the budget, its control too.
+
+    Then the layers to keep float are found before anything is pruned: two faults at once would hide
+    each other.
+    """
+    tried = [t for t in history if pair_of(t) == pair]
+    return (
+        pair.scheme.startswith("int8")
+        and any(trial.is_control for trial in tried)
+        and not any(is_feasible(trial, budget) for trial in tried)
+    )
 
 
 def allowance_bracket(
@@ -208,17 +223,23 @@ def solve(
     budget: Budget,
     seed: int,
     allowance: float,
+    *,
+    prune: bool = True,
 ) -> Proposal | None:
-    """The fastest plan of a runtime and scheme whose predicted divergence fits the allowance."""
+    """The fastest plan of a runtime and scheme whose predicted divergence fits the allowance.
+
+    Without ``prune`` only layers are chosen that stay float.
+    """
+    groups = profile.groups if prune else ()
     base = base_latency(profile, history, pair)
     scale = saving_scale(profile, history, pair) * base
     gains = layer_gains(profile, history, pair)
     if budget.objective in ("size", "memory"):
-        options = {group.id: _by_parameters(profile, group) for group in profile.groups}
+        options = {group.id: _by_parameters(profile, group) for group in groups}
         options = {group_id: choices for group_id, choices in options.items() if choices}
         chosen = _knapsack(options, _gains_by_parameters(profile, gains), 1.0, allowance)
     else:
-        options = {group.id: group_options(profile, group, pair) for group in profile.groups}
+        options = {group.id: group_options(profile, group, pair) for group in groups}
         options = {group_id: choices for group_id, choices in options.items() if choices}
         chosen = _knapsack(options, gains, scale, allowance)
     if chosen is None:

@@ -6,7 +6,7 @@ the logits, after the repair that a trial would make.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from profiling_agent.compression.surgery import pruned
 from profiling_agent.deployment.torch_runtime import quantize_dynamic
 from profiling_agent.machine.clock import now
 from profiling_agent.profiling.group_costs import levels
+from profiling_agent.profiling.prefix import Prefix
 from profiling_agent.records.patterns import units_kept
 from profiling_agent.records.plan import Importance, Repair
 from profiling_agent.records.profile import GroupCost, LayerQuantization, SensitivityPoint
@@ -44,29 +45,28 @@ class Divergence:
         batches: Sequence[Mapping[str, Tensor]],
         num_classes: int | None,
     ) -> None:
-        self._model, self._batches = model, batches
+        self._prefix = Prefix(model, batches)
         self._has_classes = num_classes is not None
-        self._original = list(self._outputs())
+        self._original = [self._output(logits) for logits in self._prefix.first]
         self.num_images = sum(len(output) for output in self._original)
         together = torch.cat(self._original)
         self._variance = float((together - together.mean(dim=0)).square().mean())
 
-    def _outputs(self) -> Iterator[Tensor]:
+    def _output(self, logits: Tensor) -> Tensor:
         """Log-probabilities (samples, classes), or outputs (samples, values), as doubles."""
-        with torch.inference_mode():
-            for batch in self._batches:
-                if self._has_classes:
-                    logits = compute_logits(self._model, batch).double().flatten(0, -2)
-                    yield F.log_softmax(logits, -1)
-                else:
-                    outputs = compute_logits(self._model, batch).double()
-                    yield outputs.reshape(len(outputs), -1)
+        if self._has_classes:
+            return F.log_softmax(logits.double().flatten(0, -2), -1)
+        return logits.double().reshape(len(logits), -1)
 
-    def measure(self) -> tuple[float, float, float]:
-        """Mean divergence (nats), its standard error, and the share of changed top classes."""
+    def measure(self, modules: Collection[str] | None = None) -> tuple[float, float, float]:
+        """Mean divergence (nats), its standard error, and the share of changed top classes.
+
+        When only some ``modules`` are other than they were, what ran before them is not run again.
+        """
         parts: list[Tensor] = []
         changed = 0
-        for before, after in zip(self._original, self._outputs(), strict=True):
+        for before, logits in zip(self._original, self._prefix.run(modules), strict=True):
+            after = self._output(logits)
             if self._has_classes:
                 parts.append((before.exp() * (before - after)).sum(-1))
                 changed += int((before.argmax(-1) != after.argmax(-1)).sum())
@@ -107,10 +107,11 @@ def group_sensitivity(
     """
     points: list[SensitivityPoint] = []
     groups = compressor.discovery.groups
+    modules = next(group for group in groups if group.id == cost.id).modules
     for ratio in levels(cost):
         kept = {cost.id: compressor.keep(cost.id, units_kept(cost.width, ratio), importance)}
         with pruned(compressor.model, groups, kept, compressor.repaired(kept, repair)):
-            kl, error, changed = divergence.measure()
+            kl, error, changed = divergence.measure(modules)
         points.append(
             SensitivityPoint(
                 ratio=ratio,
@@ -140,7 +141,7 @@ def layer_sensitivity(
         handle.remove()
     original = model.get_submodule(name)
     with _swapped(model, name):
-        kl, error, _changed = divergence.measure()
+        kl, error, _changed = divergence.measure((name,))
         float_ms, int8_ms = (
             _race(original, model.get_submodule(name), seen[0])
             if seen
@@ -180,7 +181,7 @@ class StaticInt8:
         )
         try:
             layer.weight = nn.Parameter(_rounded_weight(weight), requires_grad=False)  # pyright: ignore
-            kl, error, _changed = divergence.measure()
+            kl, error, _changed = divergence.measure((name,))
         finally:
             layer.weight = weight
             handle.remove()

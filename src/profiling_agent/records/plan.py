@@ -13,7 +13,7 @@ from pydantic import Field
 from profiling_agent.records.base import Record
 from profiling_agent.records.common import RuntimeName
 
-Importance = Literal["magnitude", "variance", "obs"]
+Importance = Literal["magnitude", "variance", "taylor", "obs"]
 Repair = Literal["none", "mean-shift", "least-squares"]
 
 MAX_PATTERN_LENGTH = 200

@@ -73,6 +73,7 @@ class DeployedWidths(Record):
     scheme: str
     shape_class: str
     points: tuple[SharePoint, ...]
+    is_reused: bool = Field(default=False, description="timed by an earlier run on this machine")
 
 
 class SensitivityPoint(Record):
