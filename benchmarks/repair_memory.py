@@ -2,7 +2,7 @@
 
     python benchmarks/repair_memory.py --json benchmarks/results/repair_memory.json
 
-Each in a process of its own, which tells the most memory that was resident (``ru_maxrss``): the
+Each in a process of its own, which tells the most memory that was resident (``VmHWM``): the
 model in eager PyTorch on one image; the same on a batch of 32, as calibration runs; and a plan that
 cuts a quarter of all MLPs and heads with optimal-brain scores and least squares, from groups to the
 model that is left, with 512 calibration images. An empty process with torch loaded is beside them.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,8 @@ def work(job: str, folder: Path) -> None:
                     compute_logits(
                         workload.model, workload.example(1 if job == "inference" else 32)
                     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    peak = int(next(line.split()[1] for line in status.splitlines() if "VmHWM" in line)) * 1024
     print(json.dumps({"peak_bytes": peak, "seconds": time.monotonic() - start}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+
+from profiling_agent.acquisition.workload import Split, Workload
+from profiling_agent.records.workload import (
+    InputSpec,
+    Preprocessing,
+    SplitInfo,
+    Task,
+    WorkloadRecord,
+    WorkloadSource,
+)
 
 NUM_CLASSES, NUM_FEATURES, HIDDEN = 4, 16, 768
 
@@ -103,3 +114,22 @@ def write_project(folder: Path, num_samples: int = 3000) -> Path:
     np.savez(folder / "data.npz", x=x, y=y)
     save_file(train().state_dict(), folder / "weights.safetensors")
     return folder
+
+
+def random_workload(model: nn.Module, shape: Sequence[int], num_samples: int = 33) -> Workload:
+    """A workload of a live model whose only data are random inputs to calibrate with."""
+    info = SplitInfo(name="calibration", num_samples=num_samples, labelled=False, sha256="0")
+    record = WorkloadRecord(
+        name="tiny",
+        source=WorkloadSource(model=None),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=0,
+        model_sha256="",
+        inputs=(InputSpec(name="x", shape=tuple(shape), dtype="float32"),),
+        preprocessing=Preprocessing(),
+        task=Task(num_classes=4),
+        splits=(info,),
+    )
+    arrays = np.random.default_rng(0).standard_normal((num_samples, *shape), dtype=np.float32)
+    split = Split(info=info, inputs={"x": arrays}, labels=None)
+    return Workload(model=model.eval(), record=record, splits={"calibration": split})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profiling_agent.acquisition.demo_models import DemoResNet, DemoViT
-from profiling_agent.acquisition.workload import Split, Workload, compute_logits
+from profiling_agent.acquisition.workload import compute_logits
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.compression.group import Group, Member
 from profiling_agent.compression.groups import Discovery, find_groups, prove
@@ -30,14 +30,7 @@ from profiling_agent.compression.surgery import masked, pruned, remove_units, re
 from profiling_agent.errors import TrialError
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.records.plan import Importance, Plan, PruningLine, Repair
-from profiling_agent.records.workload import (
-    InputSpec,
-    Preprocessing,
-    SplitInfo,
-    Task,
-    WorkloadRecord,
-    WorkloadSource,
-)
+from small_workload import random_workload
 
 
 @pytest.fixture(autouse=True)
@@ -747,33 +740,15 @@ def test_a_batch_of_one_sample_has_no_variance_and_is_left_out() -> None:
 # ---- compress -----------------------------------------------------------------------------------
 
 
-def workload_of(model: nn.Module, shape: Sequence[int], num_samples: int = 33) -> Workload:
-    info = SplitInfo(name="calibration", num_samples=num_samples, labelled=False, sha256="0")
-    record = WorkloadRecord(
-        name="tiny",
-        source=WorkloadSource(model=None),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=0,
-        model_sha256="",
-        inputs=(InputSpec(name="x", shape=tuple(shape), dtype="float32"),),
-        preprocessing=Preprocessing(),
-        task=Task(num_classes=4),
-        splits=(info,),
-    )
-    arrays = np.random.default_rng(0).standard_normal((num_samples, *shape), dtype=np.float32)
-    split = Split(info=info, inputs={"x": arrays}, labels=None)
-    return Workload(model=model.eval(), record=record, splits={"calibration": split})
-
-
 def plan_of(ratio: float, repair: Repair = "least-squares", match: str = ".*") -> Plan:
     return Plan(runtime="torch", pruning=(PruningLine(match=match, ratio=ratio),), repair=repair)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "separable", "hf-vit"])
-@pytest.mark.parametrize("repair", ["none", "mean-shift", "least-squares"])
+@pytest.mark.parametrize("repair", ["none", "mean-shift", "least-squares", "sequential"])
 def test_compress_counts_what_it_did_and_leaves_the_original(name: str, repair: Repair) -> None:
     model, _ = make(name)
-    compressor = Compressor(workload_of(model, ZOO[name][1]))
+    compressor = Compressor(random_workload(model, ZOO[name][1]))
     state, attributes = snapshot(model)
     done = compressor.compress(plan_of(0.5, repair))
     assert_untouched(model, state, attributes)
@@ -791,19 +766,19 @@ def test_compress_counts_what_it_did_and_leaves_the_original(name: str, repair: 
 def test_compress_is_deterministic_and_its_keep_sets_are_nested() -> None:
     model, _ = make("resnet")
     twin = copy.deepcopy(model)
-    first = Compressor(workload_of(model, IMAGE)).compress(plan_of(0.5))
-    second = Compressor(workload_of(twin, IMAGE)).compress(plan_of(0.5))
+    first = Compressor(random_workload(model, IMAGE)).compress(plan_of(0.5))
+    second = Compressor(random_workload(twin, IMAGE)).compress(plan_of(0.5))
     assert first.achieved == second.achieved
     states = first.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    milder = Compressor(workload_of(model, IMAGE)).compress(plan_of(0.25))
+    milder = Compressor(random_workload(model, IMAGE)).compress(plan_of(0.25))
     for group_id, units in first.achieved.kept.items():
         assert set(units) <= set(milder.achieved.kept.get(group_id, range(100)))
 
 
 def test_a_plan_that_removes_nothing_gives_the_same_model() -> None:
     model, x = make("vit")
-    done = Compressor(workload_of(model, IMAGE)).compress(plan_of(0.1, match="heads:.*"))
+    done = Compressor(random_workload(model, IMAGE)).compress(plan_of(0.1, match="heads:.*"))
     assert done.achieved.kept == {}
     assert torch.equal(done.model(x), model(x))
     assert done.model is not model
@@ -811,7 +786,7 @@ def test_a_plan_that_removes_nothing_gives_the_same_model() -> None:
 
 def test_batch_norms_are_recalibrated_after_channels_went() -> None:
     model, _ = make("resnet")
-    workload = workload_of(model, IMAGE, num_samples=32)
+    workload = random_workload(model, IMAGE, num_samples=32)
     smaller = Compressor(workload).compress(plan_of(0.5)).model
     inputs = workload.example(32)
     seen = layer_inputs(smaller, "layers.2.0.bn2", inputs["x"])
@@ -827,7 +802,7 @@ def test_batch_norms_are_recalibrated_after_channels_went() -> None:
 
 def test_least_squares_keeps_more_of_the_model_than_no_repair() -> None:
     model, _ = make("vit")
-    workload = workload_of(model, IMAGE, num_samples=64)
+    workload = random_workload(model, IMAGE, num_samples=64)
     inputs = workload.example(64)
     with torch.inference_mode():
         reference = model(inputs["x"])
@@ -856,12 +831,12 @@ class FailsSmall(Flat):
 
 def test_a_forward_that_fails_or_gives_no_numbers_is_a_trial_error() -> None:
     torch.manual_seed(0)
-    compressor = Compressor(workload_of(FailsSmall(), IMAGE))
+    compressor = Compressor(random_workload(FailsSmall(), IMAGE))
     with pytest.raises(TrialError, match="forward fails: 'too few channels'"):
         compressor.compress(plan_of(0.75, match="channels:conv"))
     bad = FailsSmall()
     nn.init.constant_(bad.fc2.bias, float("nan"))
-    compressor = Compressor(workload_of(FailsSmall(), IMAGE))
+    compressor = Compressor(random_workload(FailsSmall(), IMAGE))
     _ = compressor.discovery
     compressor.model.fc2.load_state_dict(bad.fc2.state_dict())
     with pytest.raises(TrialError, match="not finite"):

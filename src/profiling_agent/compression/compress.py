@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from profiling_agent.acquisition.workload import Workload, compute_logits
-from profiling_agent.compression.group import Kept
+from profiling_agent.compression.group import Kept, removed_indices
 from profiling_agent.compression.groups import Discovery, find_groups
 from profiling_agent.compression.importance import removal_order
 from profiling_agent.compression.recast import recast
@@ -21,6 +21,7 @@ from profiling_agent.compression.repair import (
     repair_consumers,
     with_chosen_ridge,
 )
+from profiling_agent.compression.sequential import divergence_of, fit_in_order, is_held
 from profiling_agent.compression.statistics import Moments, consumers_of, gather_moments
 from profiling_agent.compression.surgery import NewWeights, remove_units
 from profiling_agent.compression.taylor import gather_changes
@@ -126,16 +127,60 @@ class Compressor:
     def compress(self, plan: Plan) -> Compressed:
         """Carry out the pruning part of a plan on a copy of the model.
 
+        Parameters that stay whole are shared with the original; don't write into them.
+
         Raises ``TrialError`` when the result does not run, or gives numbers that are not finite.
         """
         kept = self.select(plan)
-        smaller = copy.deepcopy(self.model if kept else self.workload.model)
-        if kept:
-            remove_units(smaller, self.discovery.groups, kept, self.repaired(kept, plan.repair))
-            self._check(smaller)
-            if plan.repair != "none" and any(key.startswith("channels:") for key in kept):
-                recalibrate_batch_norms(smaller, self.calibration_batches())
+        if not kept:
+            whole = _copied(self.workload.model)
+            return Compressed(model=whole, achieved=self._achieved(whole, kept))
+        smaller = _copied(self.model)
+        remove_units(smaller, self.discovery.groups, kept, self.repaired(kept, plan.repair))
+        self._check(smaller)
+        if plan.repair != "none":
+            self._recalibrate(smaller, kept)
+        if plan.repair == "sequential":
+            self._fit_in_order(smaller, kept)
         return Compressed(model=smaller, achieved=self._achieved(smaller, kept))
+
+    def _recalibrate(self, smaller: nn.Module, kept: Kept) -> None:
+        if any(key.startswith("channels:") for key in kept):
+            recalibrate_batch_norms(smaller, self.calibration_batches())
+
+    def _fit_in_order(self, smaller: nn.Module, kept: Kept) -> None:
+        """Fit the consumers again, and undo it unless that helps on held-out samples."""
+        num_samples = self.workload.splits["calibration"].info.num_samples
+        num_batches = -(-min(num_samples, CALIBRATION_SAMPLES) // CALIBRATION_BATCH)
+        has_classes = self.workload.record.task.num_classes is not None
+
+        def batches(held: bool) -> Iterator[dict[str, Tensor]]:
+            for index, batch in enumerate(self.calibration_batches()):
+                if is_held(index, num_batches) == held:
+                    yield batch
+
+        def divergence() -> float:
+            return divergence_of(self.model, smaller, batches(True), has_classes=has_classes)
+
+        before, state = divergence(), _state(smaller)
+        removed = removed_indices(self.discovery.groups, kept)
+        lost = {
+            name: gone
+            for (name, axis, tensor, _), gone in removed.items()
+            if axis == "out" and tensor is None
+        }
+        nothing = np.zeros(0, dtype=np.int64)
+        consumers = {
+            name: lost.get(name, nothing)
+            for name, axis, _, _ in removed
+            if axis == "in" and name in self.moments
+        }
+        fit_in_order(self.model, smaller, consumers, self.moments, lambda: batches(False))
+        self._recalibrate(smaller, kept)
+        if divergence() >= before:
+            for module, parameters, buffers in state:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
 
     @torch.inference_mode()
     def _check(self, smaller: nn.Module) -> None:
@@ -159,6 +204,25 @@ class Compressor:
             widths={key: (widths[key], len(units)) for key, units in kept.items()},
             num_int8_layers=0,
         )
+
+
+def _state(
+    model: nn.Module,
+) -> list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, Tensor | None]]]:
+    """Parameters, which are only ever replaced, and copies of buffers, which are written to."""
+    return [
+        (
+            module,
+            dict(module._parameters),
+            {name: None if b is None else b.clone() for name, b in module._buffers.items()},
+        )
+        for module in model.modules()
+    ]
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters, which are replaced and never written to."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _count(model: nn.Module) -> int:

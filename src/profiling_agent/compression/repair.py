@@ -55,7 +55,7 @@ def refit(layer: nn.Module, gone: np.ndarray, moments: Moments, method: Repair) 
     weight = full.double().flatten(1)
     bias = layer.bias.detach().double() if isinstance(layer.bias, Tensor) else None
     stay = torch.from_numpy(columns_that_stay(layer, gone))
-    if method == "least-squares":
+    if method != "mean-shift":
         gram = moments.second if bias is None else moments.covariance
         new = _least_squares(weight, gram, stay, moments.ridge)
     else:

@@ -16,15 +16,57 @@ from torch.nn import functional as F
 from profiling_agent.acquisition.workload import compute_logits
 from profiling_agent.compression.group import Group
 
+BLOCK = 512
+"""Rows of a Gram matrix that are held together."""
+MAX_HELD = 8
+"""Samples, one from each of the first batches, whose inputs are held out."""
 RIDGE = 1e-3
 """Of the mean variance of the inputs, where nothing was held out to choose it by."""
 MAX_ROWS_PER_SAMPLE = 64
 """Positions of one sample that enter a Gram matrix; neighbouring ones say nearly the same."""
 
 
+class Gram:
+    """A sum of outer products, of which the blocks on and above the diagonal are held.
+
+    That is half the memory, and half the work, of the whole matrix.
+    """
+
+    def __init__(self, size: int) -> None:
+        starts = range(0, size, BLOCK)
+        self._blocks = [
+            torch.zeros(min(BLOCK, size - i), size - i, dtype=torch.double) for i in starts
+        ]
+        self._size = size
+
+    def add(self, rows: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor`` times the outer products of the rows (n, size), in double precision."""
+        for number, block in enumerate(self._blocks):
+            start = number * BLOCK
+            block.addmm_(
+                rows[:, start : start + len(block)].T.double(),
+                rows[:, start:].double(),
+                alpha=factor,
+            )
+
+    def whole(self) -> Tensor:
+        """The matrix (size, size)."""
+        full = torch.empty(self._size, self._size, dtype=torch.double)
+        for number, block in enumerate(self._blocks):
+            start = number * BLOCK
+            full[start : start + len(block), start:] = block
+            full[start:, start : start + len(block)] = block.T
+        return full
+
+    def copy(self) -> Gram:
+        other = Gram(0)
+        other._blocks, other._size = [block.clone() for block in self._blocks], self._size
+        return other
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Mean (d,) and mean outer product (d, d) of a layer's input, double precision.
+    """Mean (d,) and sum of outer products of a layer's inputs, double precision.
 
     For a convolution an input is an unfolded patch, channel-major: d = channels x kernel size.
     ``held`` (rows, d) are the inputs of some samples, single precision, with which a choice can be
@@ -33,10 +75,15 @@ class Moments:
     """
 
     mean: Tensor
-    second: Tensor
+    gram: Gram
     num_rows: int
     held: Tensor
     ridge: float = RIDGE
+
+    @property
+    def second(self) -> Tensor:
+        """Mean outer product (d, d); put together anew each time."""
+        return self.gram.whole() / self.num_rows
 
     @property
     def covariance(self) -> Tensor:
@@ -44,11 +91,11 @@ class Moments:
 
     def without_held(self) -> Moments:
         """Those of all inputs but the held ones."""
-        held = self.held.double()
-        left = self.num_rows - len(held)
+        gram, left = self.gram.copy(), self.num_rows - len(self.held)
+        gram.add(self.held, -1.0)
         return Moments(
-            mean=(self.mean * self.num_rows - held.sum(0)) / left,
-            second=(self.second * self.num_rows - held.T @ held) / left,
+            mean=(self.mean * self.num_rows - self.held.double().sum(0)) / left,
+            gram=gram,
             num_rows=left,
             held=self.held[:0],
         )
@@ -91,24 +138,26 @@ class _Sum:
 
     def __init__(self) -> None:
         self.mean: Tensor | None = None
-        self.second: Tensor | None = None
+        self.gram: Gram | None = None
         self.held: list[Tensor] = []
         self.num_rows = 0
 
     def add(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = input_rows(layer, args[0])
-        exact = rows.double()
-        mean, second = exact.sum(0), exact.T @ exact
-        self.mean = mean if self.mean is None else self.mean + mean
-        self.second = second if self.second is None else self.second + second
+        if self.mean is None or self.gram is None:
+            self.mean, self.gram = rows.double().sum(0), Gram(rows.shape[1])
+        else:
+            self.mean = self.mean + rows.double().sum(0)
+        self.gram.add(rows)
         self.num_rows += rows.shape[0]
-        self.held.append(rows[: rows.shape[0] // len(args[0])].clone())  # of the first sample
+        if len(self.held) < MAX_HELD:
+            self.held.append(rows[: rows.shape[0] // len(args[0])].clone())  # of the first sample
 
     def moments(self) -> Moments:
-        assert self.mean is not None and self.second is not None
+        assert self.mean is not None and self.gram is not None
         return Moments(
             mean=self.mean / self.num_rows,
-            second=self.second / self.num_rows,
+            gram=self.gram,
             num_rows=self.num_rows,
             held=torch.cat(self.held if len(self.held) > 1 else [self.held[0][:0]]),
         )
@@ -131,6 +180,15 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
         patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     rows = _spread(patches.transpose(1, 2), MAX_ROWS_PER_SAMPLE)
     return rows.reshape(-1, rows.shape[-1])
+
+
+def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    """The layer's output as (rows, outputs), at the positions of ``input_rows``."""
+    if isinstance(layer, nn.Linear):
+        rows = y.reshape(y.shape[0], -1, y.shape[-1])
+    else:
+        rows = y.flatten(2).transpose(1, 2)
+    return _spread(rows, MAX_ROWS_PER_SAMPLE).reshape(-1, rows.shape[-1])
 
 
 def _spread(rows: Tensor, limit: int) -> Tensor:

@@ -334,6 +334,11 @@ def _stdout_untouched() -> Generator[None]:
         os.close(nowhere)
 
 
+def _cuts_channels(ratios: dict[str, float]) -> bool:
+    """Where convolutions follow each other, fitting them in order won; in transformers it lost."""
+    return any(group_id.startswith("channels:") for group_id in ratios)
+
+
 def _plan(
     pair: Pair, ratios: dict[str, float], floats: set[str], seed: int, allowance: float
 ) -> Plan:
@@ -347,6 +352,7 @@ def _plan(
         runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
         pruning=lines,
         quantization=Quantization(scheme=pair.scheme, keep_float=keep),
+        repair="sequential" if _cuts_channels(ratios) else "least-squares",
         why=(
             f"knapsack at a divergence of at most {allowance:.3g} nats: "
             f"{len(lines)} groups pruned, {len(keep)} layers kept float"

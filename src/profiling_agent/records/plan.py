@@ -14,7 +14,7 @@ from profiling_agent.records.base import Record
 from profiling_agent.records.common import RuntimeName
 
 Importance = Literal["magnitude", "variance", "taylor", "obs"]
-Repair = Literal["none", "mean-shift", "least-squares"]
+Repair = Literal["none", "mean-shift", "least-squares", "sequential"]
 
 MAX_PATTERN_LENGTH = 200
 
