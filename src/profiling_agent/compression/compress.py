@@ -32,6 +32,8 @@ from profiling_agent.records.plan import Importance, Plan, Repair
 
 CALIBRATION_BATCH = 32
 GRADIENT_BATCH = 8
+STEPS = (1.0, 0.5)
+"""How far consumers that were fitted again are moved, tried on held-out samples."""
 CALIBRATION_SAMPLES = 512
 
 
@@ -149,7 +151,7 @@ class Compressor:
             recalibrate_batch_norms(smaller, self.calibration_batches())
 
     def _fit_in_order(self, smaller: nn.Module, kept: Kept) -> None:
-        """Fit the consumers again, and undo it unless that helps on held-out samples."""
+        """Fit the consumers again, and go as far that way as helps on held-out samples."""
         num_samples = self.workload.splits["calibration"].info.num_samples
         num_batches = -(-min(num_samples, CALIBRATION_SAMPLES) // CALIBRATION_BATCH)
         has_classes = self.workload.record.task.num_classes is not None
@@ -162,7 +164,6 @@ class Compressor:
         def divergence() -> float:
             return divergence_of(self.model, smaller, batches(True), has_classes=has_classes)
 
-        before, state = divergence(), _state(smaller)
         removed = removed_indices(self.discovery.groups, kept)
         lost = {
             name: gone
@@ -175,12 +176,16 @@ class Compressor:
             for name, axis, _, _ in removed
             if axis == "in" and name in self.moments
         }
+        least, start = divergence(), _State(smaller)
         fit_in_order(self.model, smaller, consumers, self.moments, lambda: batches(False))
-        self._recalibrate(smaller, kept)
-        if divergence() >= before:
-            for module, parameters, buffers in state:
-                module._parameters.update(parameters)
-                module._buffers.update(buffers)
+        fitted, best = _State(smaller), start
+        for step in STEPS:
+            fitted.put_back(towards=start, share=1.0 - step)
+            self._recalibrate(smaller, kept)
+            reached = divergence()
+            if reached < least:
+                least, best = reached, _State(smaller)
+        best.put_back()
 
     @torch.inference_mode()
     def _check(self, smaller: nn.Module) -> None:
@@ -206,18 +211,29 @@ class Compressor:
         )
 
 
-def _state(
-    model: nn.Module,
-) -> list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, Tensor | None]]]:
+class _State:
     """Parameters, which are only ever replaced, and copies of buffers, which are written to."""
-    return [
-        (
-            module,
-            dict(module._parameters),
-            {name: None if b is None else b.clone() for name, b in module._buffers.items()},
-        )
-        for module in model.modules()
-    ]
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._parameters = [dict(module._parameters) for module in self._modules]
+        self._buffers = [
+            {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+            for module in self._modules
+        ]
+
+    def put_back(self, towards: _State | None = None, share: float = 0.0) -> None:
+        """Give the model this state; parameters moved by a ``share`` towards those of another."""
+        for index, module in enumerate(self._modules):
+            module._buffers.update(
+                {n: None if b is None else b.clone() for n, b in self._buffers[index].items()}
+            )
+            for name, value in self._parameters[index].items():
+                other = value if towards is None else towards._parameters[index][name]
+                if value is not None and other is not None and other is not value and share > 0:
+                    mixed = torch.lerp(value.detach(), other.detach(), share)
+                    value = nn.Parameter(mixed, requires_grad=False)
+                module._parameters[name] = value
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -7,9 +7,9 @@ et al. 2017, asymmetric form):
 
     V = V1 + (E[y x'] - V1 E[x' x']) (E[x' x'] + r I)^-1
 
-with V1 the weights of the one pass, means taken off where there is a bias. Whether that helped is
-decided by the divergence of the outputs on samples that were not fitted: where few samples fit many
-weights, as in transformers, it does not.
+with V1 the weights of the one pass, means taken off where there is a bias. How far to go from V1 to
+V is decided by the divergence of the outputs on samples that were not fitted (``compress.py``):
+where few samples fit many weights, as in transformers, not at all.
 """
 
 from __future__ import annotations
