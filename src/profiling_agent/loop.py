@@ -86,7 +86,7 @@ SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
 DEPLOYED_SHARE = 0.05
 """Of the time budget, for the operator times of the controls."""
-WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 4
+WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 6
 """Of the time budget, for widths in the runtimes; there are none with less than so many seconds,
 or when so many trials would not have time after them."""
 PATIENCE = 5

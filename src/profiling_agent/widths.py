@@ -53,7 +53,7 @@ def measure_deployed_widths(
     are timed. What the time did not reach, or can't be built, is listed with the reason. Tables in
     the ``cache`` take no time, and those that are timed in full go into it.
     """
-    deadline = now() + seconds
+    deadline, longest = now() + seconds, 0.0
     tables: list[DeployedWidths] = []
     missing: list[NotMeasured] = []
     for control in controls:
@@ -68,7 +68,8 @@ def measure_deployed_widths(
             if shape in known:
                 continue
             what = f"widths of {shape} in {pair.runtime} {pair.scheme}"
-            if now() > deadline:
+            start = now()
+            if start + longest > deadline:
                 missing.append(NotMeasured(what=what, reason="the profiling time ran out"))
                 unfinished.add(shape)
                 continue
@@ -87,6 +88,7 @@ def measure_deployed_widths(
             except (TrialError, PlanError, MissingDependency) as error:
                 missing.append(NotMeasured(what=what, reason=str(error)))
                 unfinished.add(shape)
+            longest = max(longest, now() - start)
         for shape, found in points.items():
             table = DeployedWidths(
                 runtime=pair.runtime,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from profiling_agent.acquisition.workload import Workload, compute_logits
-from profiling_agent.compression.group import Kept, removed_indices
+from profiling_agent.compression.group import Kept
 from profiling_agent.compression.groups import Discovery, find_groups
 from profiling_agent.compression.importance import removal_order
 from profiling_agent.compression.recast import recast
@@ -21,7 +21,7 @@ from profiling_agent.compression.repair import (
     repair_consumers,
     with_chosen_ridge,
 )
-from profiling_agent.compression.sequential import divergence_of, fit_in_order, is_held
+from profiling_agent.compression.sequential import is_held, lost_outputs, refine
 from profiling_agent.compression.statistics import Moments, consumers_of, gather_moments
 from profiling_agent.compression.surgery import NewWeights, remove_units
 from profiling_agent.compression.taylor import gather_changes
@@ -32,8 +32,6 @@ from profiling_agent.records.plan import Importance, Plan, Repair
 
 CALIBRATION_BATCH = 32
 GRADIENT_BATCH = 8
-STEPS = (1.0, 0.5)
-"""How far consumers that were fitted again are moved, tried on held-out samples."""
 CALIBRATION_SAMPLES = 512
 
 
@@ -143,49 +141,33 @@ class Compressor:
         if plan.repair != "none":
             self._recalibrate(smaller, kept)
         if plan.repair == "sequential":
-            self._fit_in_order(smaller, kept)
+            self._refine(smaller, kept)
         return Compressed(model=smaller, achieved=self._achieved(smaller, kept))
 
     def _recalibrate(self, smaller: nn.Module, kept: Kept) -> None:
         if any(key.startswith("channels:") for key in kept):
             recalibrate_batch_norms(smaller, self.calibration_batches())
 
-    def _fit_in_order(self, smaller: nn.Module, kept: Kept) -> None:
-        """Fit the consumers again, and go as far that way as helps on held-out samples."""
+    def _refine(self, smaller: nn.Module, kept: Kept) -> None:
+        """Fit the consumers in order, some batches held out to judge by."""
         num_samples = self.workload.splits["calibration"].info.num_samples
         num_batches = -(-min(num_samples, CALIBRATION_SAMPLES) // CALIBRATION_BATCH)
-        has_classes = self.workload.record.task.num_classes is not None
 
-        def batches(held: bool) -> Iterator[dict[str, Tensor]]:
+        def batches(*, held: bool) -> Iterator[dict[str, Tensor]]:
             for index, batch in enumerate(self.calibration_batches()):
                 if is_held(index, num_batches) == held:
                     yield batch
 
-        def divergence() -> float:
-            return divergence_of(self.model, smaller, batches(True), has_classes=has_classes)
-
-        removed = removed_indices(self.discovery.groups, kept)
-        lost = {
-            name: gone
-            for (name, axis, tensor, _), gone in removed.items()
-            if axis == "out" and tensor is None
-        }
-        nothing = np.zeros(0, dtype=np.int64)
-        consumers = {
-            name: lost.get(name, nothing)
-            for name, axis, _, _ in removed
-            if axis == "in" and name in self.moments
-        }
-        least, start = divergence(), _State(smaller)
-        fit_in_order(self.model, smaller, consumers, self.moments, lambda: batches(False))
-        fitted, best = _State(smaller), start
-        for step in STEPS:
-            fitted.put_back(towards=start, share=1.0 - step)
-            self._recalibrate(smaller, kept)
-            reached = divergence()
-            if reached < least:
-                least, best = reached, _State(smaller)
-        best.put_back()
+        refine(
+            self.model,
+            smaller,
+            lost_outputs(self.discovery.groups, kept, self.moments),
+            self.moments,
+            fitted=lambda: batches(held=False),
+            held=lambda: batches(held=True),
+            recalibrate=lambda: self._recalibrate(smaller, kept),
+            has_classes=self.workload.record.task.num_classes is not None,
+        )
 
     @torch.inference_mode()
     def _check(self, smaller: nn.Module) -> None:
@@ -209,31 +191,6 @@ class Compressor:
             widths={key: (widths[key], len(units)) for key, units in kept.items()},
             num_int8_layers=0,
         )
-
-
-class _State:
-    """Parameters, which are only ever replaced, and copies of buffers, which are written to."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._parameters = [dict(module._parameters) for module in self._modules]
-        self._buffers = [
-            {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-            for module in self._modules
-        ]
-
-    def put_back(self, towards: _State | None = None, share: float = 0.0) -> None:
-        """Give the model this state; parameters moved by a ``share`` towards those of another."""
-        for index, module in enumerate(self._modules):
-            module._buffers.update(
-                {n: None if b is None else b.clone() for n, b in self._buffers[index].items()}
-            )
-            for name, value in self._parameters[index].items():
-                other = value if towards is None else towards._parameters[index][name]
-                if value is not None and other is not None and other is not value and share > 0:
-                    mixed = torch.lerp(value.detach(), other.detach(), share)
-                    value = nn.Parameter(mixed, requires_grad=False)
-                module._parameters[name] = value
 
 
 def _copied(model: nn.Module) -> nn.Module:

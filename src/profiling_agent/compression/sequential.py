@@ -8,8 +8,8 @@ et al. 2017, asymmetric form):
     V = V1 + (E[y x'] - V1 E[x' x']) (E[x' x'] + r I)^-1
 
 with V1 the weights of the one pass, means taken off where there is a bias. How far to go from V1 to
-V is decided by the divergence of the outputs on samples that were not fitted (``compress.py``):
-where few samples fit many weights, as in transformers, not at all.
+V is decided by the divergence of the outputs on samples that were not fitted: where few samples fit
+many weights, as in transformers, not at all.
 """
 
 from __future__ import annotations
@@ -23,35 +23,113 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profiling_agent.acquisition.workload import compute_logits
+from profiling_agent.compression.group import Group, Kept, removed_indices
 from profiling_agent.compression.statistics import Gram, Moments, input_rows, output_rows
 
 MAX_STAGES = 8
 """Consumers that are fitted on the same forward: all of them in at most so many."""
+STEPS = (1.0, 0.5)
+"""How far the weights are moved towards those that were fitted."""
 HELD_SHARE = 8
 """One batch in so many is held out."""
+
+Batches = Callable[[], Iterator[Mapping[str, Tensor]]]
+"""Begins calibration batches anew."""
 
 
 class _Reached(Exception):
     """The last layer of a stage has run; nothing after it is needed."""
 
 
-def fit_in_order(
+def refine(
     original: nn.Module,
     smaller: nn.Module,
-    gone_outputs: Mapping[str, np.ndarray],
+    lost: Mapping[str, np.ndarray],
     moments: Mapping[str, Moments],
-    batches: Callable[[], Iterator[Mapping[str, Tensor]]],
+    *,
+    fitted: Batches,
+    held: Batches,
+    recalibrate: Callable[[], None],
+    has_classes: bool,
 ) -> None:
-    """Fit consumers of ``smaller`` again, in place, in the order in which they run.
+    """Fit the consumers of a repaired model again, in place, as far as that helps.
 
-    ``gone_outputs`` has every consumer to be fitted, with the outputs that it lost itself;
-    ``moments`` those of the original, for their ridges; ``batches`` begins them anew.
+    ``lost`` has every consumer with the outputs that it lost itself. The weights go all of the way
+    to those that ``fitted`` batches give, half of it or none, whichever diverges least on the
+    ``held`` ones once the norms were recalibrated.
     """
-    names = _in_order(original, tuple(gone_outputs), next(batches()))
+
+    def divergence() -> float:
+        return divergence_of(original, smaller, held(), has_classes=has_classes)
+
+    least, start = divergence(), _State(smaller)
+    _fit_in_order(original, smaller, lost, moments, fitted)
+    end, best = _State(smaller), start
+    for step in STEPS:
+        end.put_back(towards=start, share=1.0 - step)
+        recalibrate()
+        reached = divergence()
+        if reached < least:
+            least, best = reached, _State(smaller)
+    best.put_back()
+
+
+def lost_outputs(
+    groups: Sequence[Group], kept: Kept, moments: Mapping[str, Moments]
+) -> dict[str, np.ndarray]:
+    """Every consumer that lost inputs and has moments, with the outputs that it lost as well."""
+    removed = removed_indices(groups, kept)
+    outputs = {
+        name: gone
+        for (name, axis, tensor, _), gone in removed.items()
+        if axis == "out" and tensor is None
+    }
+    nothing = np.zeros(0, dtype=np.int64)
+    return {
+        name: outputs.get(name, nothing)
+        for name, axis, _, _ in removed
+        if axis == "in" and name in moments
+    }
+
+
+class _State:
+    """Parameters, which are only ever replaced, and copies of buffers, which are written to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._parameters = [dict(module._parameters) for module in self._modules]
+        self._buffers = [
+            {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+            for module in self._modules
+        ]
+
+    def put_back(self, towards: _State | None = None, share: float = 0.0) -> None:
+        """Give the model this state; parameters moved by a ``share`` towards those of another."""
+        for index, module in enumerate(self._modules):
+            module._buffers.update(
+                {n: None if b is None else b.clone() for n, b in self._buffers[index].items()}
+            )
+            for name, value in self._parameters[index].items():
+                other = value if towards is None else towards._parameters[index][name]
+                if value is not None and other is not None and other is not value and share > 0:
+                    mixed = torch.lerp(value.detach(), other.detach(), share)
+                    value = nn.Parameter(mixed, requires_grad=False)
+                module._parameters[name] = value
+
+
+def _fit_in_order(
+    original: nn.Module,
+    smaller: nn.Module,
+    lost: Mapping[str, np.ndarray],
+    moments: Mapping[str, Moments],
+    batches: Batches,
+) -> None:
+    """Fit consumers of ``smaller`` again, in place, in the order in which they run."""
+    names = _in_order(original, tuple(lost), next(batches()))
     size = -(-len(names) // MAX_STAGES) if names else 1
     for start in range(0, len(names), size):
         stage = names[start : start + size]
-        sums = {name: _Pairs(name, gone_outputs[name]) for name in stage}
+        sums = {name: _Pairs(lost[name]) for name in stage}
         for batch in batches():
             read = _read(smaller, stage, batch, outputs=False)
             wanted = _read(original, stage, batch, outputs=True)
@@ -119,8 +197,8 @@ def _read(
 class _Pairs:
     """Sums over what a layer reads in the pruned model and what it gave in the original."""
 
-    def __init__(self, name: str, gone: np.ndarray) -> None:
-        self._name, self._gone = name, gone
+    def __init__(self, gone: np.ndarray) -> None:
+        self._gone = gone
         self._gram: Gram | None = None
         self._cross = self._read = self._wanted = torch.zeros(0)
         self._num_rows = 0

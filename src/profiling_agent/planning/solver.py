@@ -334,9 +334,11 @@ def _stdout_untouched() -> Generator[None]:
         os.close(nowhere)
 
 
-def _cuts_channels(ratios: dict[str, float]) -> bool:
-    """Where convolutions follow each other, fitting them in order won; in transformers it lost."""
-    return any(group_id.startswith("channels:") for group_id in ratios)
+def _cuts_convolutions(ratios: dict[str, float]) -> bool:
+    """Whether most groups are channels: where convolutions follow each other, fitting them in order
+    won; in transformers, which have a few in their stem, it lost."""
+    channels = [group_id for group_id in ratios if group_id.startswith("channels:")]
+    return 2 * len(channels) > len(ratios)
 
 
 def _plan(
@@ -352,7 +354,7 @@ def _plan(
         runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
         pruning=lines,
         quantization=Quantization(scheme=pair.scheme, keep_float=keep),
-        repair="sequential" if _cuts_channels(ratios) else "least-squares",
+        repair="sequential" if _cuts_convolutions(ratios) else "least-squares",
         why=(
             f"knapsack at a divergence of at most {allowance:.3g} nats: "
             f"{len(lines)} groups pruned, {len(keep)} layers kept float"
