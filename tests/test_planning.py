@@ -432,6 +432,40 @@ def test_when_trials_contradict_each_other_the_good_one_counts() -> None:
     assert high is not None and high > 0.03
 
 
+def test_an_int8_control_that_holds_does_not_end_the_search_for_milder_plans() -> None:
+    """All of int8 is predicted to cost 0.027 and holds; a plan at 0.002 was just over."""
+    profile, solver = profile_of(), find_planner("solver")
+    over = Plan(
+        runtime="onnxruntime",
+        pruning=(PruningLine(match="heads:a.qkv", ratio=0.25),),
+        quantization=Quantization(scheme="int8-dynamic", keep_float=("b.fc1", "head")),
+    )
+    history = [
+        control("c2", FP32, 0.8, 3.0),
+        control("c3", INT8, 0.4, 0.4),
+        tried(0, over, 0.3, 0.6),
+    ]
+    milder = solver.propose(profile, history, BUDGET, 0)
+    assert milder is not None
+    assert predict_kl(profile, milder.plan) < predict_kl(profile, over)
+
+
+def test_the_next_allowance_is_where_the_drops_say_the_budget_lies() -> None:
+    """Between 0.0 points at 0 nats and 0.6 at 0.0192 the budget of 0.5 is near the upper end."""
+    profile, history = fine_profile(), [control("c2", FP32, 0.8, 0.0)]
+    first = kl_of(history, profile)
+    plan = find_planner("solver").propose(profile, history, BUDGET, 0)
+    assert plan is not None
+    history.append(tried(1, plan.plan, 0.6, 0.1))
+    second = find_planner("solver").propose(profile, history, BUDGET, 0)
+    assert second is not None and second.kl is not None
+    near = kl_of([*history, tried(2, second.plan, 0.5, 0.55)], profile)
+    far = kl_of([*history, tried(2, second.plan, 0.5, 20.0)], profile)
+    assert first < far < near < second.kl
+    assert far == pytest.approx(math.sqrt(first * second.kl), rel=0.1)
+    assert near == pytest.approx(first + (second.kl - first) * 0.4 / 0.45, rel=0.1)
+
+
 def kl_of(history: Sequence[Trial], profile: Profile) -> float:
     proposal = find_planner("solver").propose(profile, history, BUDGET, 0)
     assert proposal is not None and proposal.kl is not None

@@ -130,6 +130,8 @@ def _propose_for(
     low, high = allowance_bracket(profile, history, budget, pair)
     shrink = _shrink(profile, history, budget, pair, high)
     allowance = _next_allowance(low, high, _points(budget, history), shrink)
+    if allowance is not None and low is not None and high is not None:
+        allowance = max(allowance, _crossing(profile, history, budget, pair, low, high))
     prune = not _needs_rescue(pair, history, budget)
     for _ in range(MAX_STEPS):
         if allowance is None:
@@ -162,18 +164,27 @@ def allowance_bracket(
 ) -> tuple[float | None, float | None]:
     """Divergence known to be affordable and known to be too much, for one runtime and scheme.
 
-    A screened trial, which collapsed, counts as too much; a failed one says nothing.
+    A screened trial, which collapsed, counts as too much; a failed one says nothing. An int8
+    control that holds says little of a plan that prunes and keeps layers float: it counts as long
+    as nothing below its divergence was too much.
     """
-    low: float | None = None
-    high: float | None = None
+    kept: list[float] = []
+    lost: list[float] = []
+    control: float | None = None
     for trial in history:
         if pair_of(trial) != pair or trial.status == "failed":
             continue
         kl = predict_kl(profile, trial.plan)
         if is_feasible(trial, budget):
-            low = kl if low is None else max(low, kl)
+            if trial.is_control:
+                control = kl
+            else:
+                kept.append(kl)
         elif trial.status == "screened" or search_drop(trial) is not None:
-            high = kl if high is None else min(high, kl)
+            lost.append(kl)
+    low, high = max(kept, default=None), min(lost, default=None)
+    if control is not None and (high is None or control < high):
+        low = control if low is None else max(low, control)
     if low is not None and high is not None and high <= low:
         high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
     return low, high
@@ -192,6 +203,30 @@ def _shrink(
         if pair_of(trial) == pair and drop and predict_kl(profile, trial.plan) == high:
             return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
     return 1 / 8
+
+
+def _crossing(
+    profile: Profile,
+    history: Sequence[Trial],
+    budget: Budget,
+    pair: Pair,
+    low: float,
+    high: float,
+) -> float:
+    """Where the straight line between the drops at the bracket's ends meets the budget.
+
+    0 when a drop isn't known, and never nearer to the upper end than it is worth trying.
+    """
+    drops: dict[float, float] = {}
+    for trial in history:
+        drop = search_drop(trial)
+        if pair_of(trial) == pair and drop is not None:
+            drops[predict_kl(profile, trial.plan)] = drop
+    before, after = drops.get(low), drops.get(high)
+    if before is None or after is None or not before < budget.max_drop < after:
+        return 0.0
+    share = (budget.max_drop - before) / (after - before)
+    return min(low + share * (high - low), high / SEARCH_ENDED)
 
 
 def _points(budget: Budget, history: Sequence[Trial]) -> float:
