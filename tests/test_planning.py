@@ -451,7 +451,7 @@ def test_an_int8_control_that_holds_does_not_end_the_search_for_milder_plans() -
 
 
 def test_the_next_allowance_is_where_the_drops_say_the_budget_lies() -> None:
-    """Between 0.0 points at 0 nats and 0.6 at 0.0192 the budget of 0.5 is near the upper end."""
+    """Between 0.1 and 0.55 points the line meets 0.4, four fifths of the budget, at two thirds."""
     profile, history = fine_profile(), [control("c2", FP32, 0.8, 0.0)]
     first = kl_of(history, profile)
     plan = find_planner("solver").propose(profile, history, BUDGET, 0)
@@ -463,7 +463,7 @@ def test_the_next_allowance_is_where_the_drops_say_the_budget_lies() -> None:
     far = kl_of([*history, tried(2, second.plan, 0.5, 20.0)], profile)
     assert first < far < near < second.kl
     assert far == pytest.approx(math.sqrt(first * second.kl), rel=0.1)
-    assert near == pytest.approx(first + (second.kl - first) * 0.4 / 0.45, rel=0.1)
+    assert near == pytest.approx(first + (second.kl - first) * 0.3 / 0.45, rel=0.1)
 
 
 def kl_of(history: Sequence[Trial], profile: Profile) -> float:
@@ -819,7 +819,8 @@ def test_the_fastest_and_two_with_room_to_spare_are_nominated() -> None:
     assert candidates[0].predicted_drop == 0.45
     assert candidates[0].objective_value == pytest.approx(0.30)
     assert ids(controls_of()) == []
-    assert ids([trial_at("fast", 0.3, 0.4), trial_at("worse", 0.35, 0.45)]) == ["fast"]
+    # should the first not hold on the test split, one that is worse in all may
+    assert ids([trial_at("fast", 0.3, 0.4), trial_at("worse", 0.35, 0.45)]) == ["fast", "worse"]
     assert ids([trial_at("a", 0.3, 0.4), trial_at("b", 0.35, 0.35)]) == ["a", "b"]
 
 

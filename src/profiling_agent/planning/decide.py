@@ -35,8 +35,9 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
     """At most three trials for the test split, best objective first.
 
     The best one within the budget on search; and, since it was chosen for having come out well
-    there, the best with room to spare: first half the budget, then none used. With evidence
-    ``proven`` only trials whose bound on the test split would be within the budget.
+    there, the best with room to spare: first half the budget, then none used. Places that are left
+    go to others that beat the control, those that lost least first. With evidence ``proven`` only
+    trials whose bound on the test split would be within the budget.
     """
     control = best_control(trials, budget)
     bar = trial_value(control, budget) if control else None
@@ -52,7 +53,8 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
         first = next((t for t in ours if (search_drop(t) or 0.0) <= limit * ROUNDING), None)
         if first is not None:
             chosen.setdefault(first.trial_id, first)
-    for trial in pareto(ours, budget):
+    spare = sorted(ours, key=lambda trial: search_drop(trial) or 0.0)
+    for trial in (*pareto(ours, budget), *spare):
         if len(chosen) < MAX_CANDIDATES:
             chosen.setdefault(trial.trial_id, trial)
     picked = sorted(chosen.values(), key=lambda trial: trial_value(trial, budget) or 0.0)

@@ -52,6 +52,8 @@ MAX_POINTS = 5.0
 """Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
 SEARCH_ENDED = 1.15
 """The bracket around the allowance is closed when its ends are this close."""
+AIM = 0.8
+"""Of the budget, for plans between two that were measured: the test split may say a little more."""
 MAX_STEPS = 12
 """How often the allowance is moved on in search of a plan that was not tried."""
 
@@ -213,7 +215,7 @@ def _crossing(
     low: float,
     high: float,
 ) -> float:
-    """Where the straight line between the drops at the bracket's ends meets the budget.
+    """Where the straight line between the drops at the bracket's ends meets 0.8 of the budget.
 
     0 when a drop isn't known, and never nearer to the upper end than it is worth trying.
     """
@@ -223,9 +225,10 @@ def _crossing(
         if pair_of(trial) == pair and drop is not None:
             drops[predict_kl(profile, trial.plan)] = drop
     before, after = drops.get(low), drops.get(high)
-    if before is None or after is None or not before < budget.max_drop < after:
+    wanted = AIM * budget.max_drop
+    if before is None or after is None or not before < wanted < after:
         return 0.0
-    share = (budget.max_drop - before) / (after - before)
+    share = (wanted - before) / (after - before)
     return min(low + share * (high - low), high / SEARCH_ENDED)
 
 
