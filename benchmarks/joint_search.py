@@ -50,12 +50,8 @@ def run(name: str, drop: float, batch_size: int, minutes: float) -> dict[str, An
             "--time-budget", f"{minutes}m", "--out", str(Path(temporary) / "run"), "--json",
         ]  # fmt: skip
         start = time.monotonic()
-        environment = os.environ | {
-            "PROFILING_AGENT_CACHE": "off"
-        }  # runs say nothing to each other
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=False, env=environment
-        )
+        alone = os.environ | {"PROFILING_AGENT_CACHE": "off"}  # nothing from earlier runs
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=alone)
         row |= {"exit_code": done.returncode, "wall_s": time.monotonic() - start}
     return row | described(json.loads(done.stdout), drop) if done.stdout else row
 
@@ -73,27 +69,28 @@ def described(record: dict[str, Any], drop: float) -> dict[str, Any]:
         "handed_over": None if handed is None else _summary(handed),
         "best_without_pruning": None if best_whole is None else _summary(best_whole),
         "best_with_pruning": None if best_pruned is None else _summary(best_pruned),
-        "over_quantization": _over(record, verdict, best_whole),
+        "over_quantization": _over(record, handed, best_whole),
         "archive": [_summary(trial) for trial in trials],
     }
 
 
 def _over(
-    record: dict[str, Any], verdict: dict[str, Any], whole: dict[str, Any] | None
+    record: dict[str, Any], handed: dict[str, Any] | None, whole: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Handed over against the fastest unpruned one, by their final times over eager."""
-    final = {e["artefact"]: e for e in record["final"]}
-    ours = final.get(verdict["trial_id"])
-    if ours is None or whole is None or ours["speedup"] is None:
+    """Handed over against the fastest unpruned one, both over eager: finally, or as trials."""
+    if handed is None or whole is None:
         return None
-    ratio = ours["speedup"]["ratio"]
-    theirs = final.get(whole["trial_id"]) or whole["evaluation"]
-    other = theirs["speedup"]["ratio"]
+    final = {e["artefact"]: e for e in record["final"] if e["speedup"] is not None}
+    names = (handed["trial_id"], whole["trial_id"])
+    both = all(name in final for name in names)
+    ours, theirs = (final[n]["speedup"]["ratio"] for n in names) if both else (
+        trial["evaluation"]["speedup"]["ratio"] for trial in (handed, whole)
+    )  # fmt: skip
     return {
-        "estimate": ratio["estimate"] / other["estimate"],
-        "low": ratio["low"] / other["high"],
-        "high": ratio["high"] / other["low"],
-        "same_race": whole["trial_id"] in final,
+        "estimate": ours["estimate"] / theirs["estimate"],
+        "low": ours["low"] / theirs["high"],
+        "high": ours["high"] / theirs["low"],
+        "in_final_race": both,
     }
 
 

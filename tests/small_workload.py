@@ -116,7 +116,9 @@ def write_project(folder: Path, num_samples: int = 3000) -> Path:
     return folder
 
 
-def random_workload(model: nn.Module, shape: Sequence[int], num_samples: int = 33) -> Workload:
+def random_workload(
+    model: nn.Module, shape: Sequence[int], num_samples: int = 33, num_classes: int = 4
+) -> Workload:
     """A workload of a live model whose only data are random inputs to calibrate with."""
     info = SplitInfo(name="calibration", num_samples=num_samples, labelled=False, sha256="0")
     record = WorkloadRecord(
@@ -127,7 +129,7 @@ def random_workload(model: nn.Module, shape: Sequence[int], num_samples: int = 3
         model_sha256="",
         inputs=(InputSpec(name="x", shape=tuple(shape), dtype="float32"),),
         preprocessing=Preprocessing(),
-        task=Task(num_classes=4),
+        task=Task(num_classes=num_classes),
         splits=(info,),
     )
     arrays = np.random.default_rng(0).standard_normal((num_samples, *shape), dtype=np.float32)

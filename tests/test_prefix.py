@@ -156,7 +156,7 @@ def test_too_much_to_keep_means_that_everything_is_run(monkeypatch: pytest.Monke
     monkeypatch.setattr(prefix, "MAX_BYTES", 1000)
     model, batches = build("vit")
     known = Prefix(model, batches)
-    assert known.unchanged(["head"]) == []
+    assert known._kept == {} and known._bytes < 500_000  # one output over the limit
     assert all(torch.equal(a, b) for a, b in zip(known.run(["head"]), known.first, strict=True))
 
 

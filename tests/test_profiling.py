@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from profiling_agent.acquisition.demo_models import DemoResNet, DemoViT
-from profiling_agent.acquisition.workload import Split, Workload
+from profiling_agent.acquisition.workload import Workload
 from profiling_agent.errors import DataError, ModelError, PlanError
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.fits import check_fits
@@ -23,14 +22,7 @@ from profiling_agent.profiling.profile import bottlenecks, profile_costs
 from profiling_agent.profiling.static import count
 from profiling_agent.records.common import Deployment
 from profiling_agent.records.profile import Profile
-from profiling_agent.records.workload import (
-    InputSpec,
-    Preprocessing,
-    SplitInfo,
-    Task,
-    WorkloadRecord,
-    WorkloadSource,
-)
+from small_workload import random_workload
 
 VIT = {"image_size": 8, "width": 16, "num_heads": 2, "depth": 2}
 
@@ -53,21 +45,7 @@ def macs(function: Callable[[Tensor], Tensor], *shape: int) -> int:
 
 
 def make_workload(model: nn.Module, *shape: int, num_samples: int = 4) -> Workload:
-    info = SplitInfo(name="calibration", num_samples=num_samples, labelled=False, sha256="0")
-    record = WorkloadRecord(
-        name="tiny",
-        source=WorkloadSource(model=None),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=0,
-        model_sha256="",
-        inputs=(InputSpec(name="x", shape=shape, dtype="float32"),),
-        preprocessing=Preprocessing(),
-        task=Task(num_classes=10),
-        splits=(info,),
-    )
-    arrays = np.random.default_rng(0).random((num_samples, *shape), dtype=np.float32)
-    split = Split(info=info, inputs={"x": arrays}, labels=None)
-    return Workload(model=model.eval(), record=record, splits={"calibration": split})
+    return random_workload(model, shape, num_samples, num_classes=10)
 
 
 # ---- static -------------------------------------------------------------------------------------

@@ -196,6 +196,15 @@ def test_files_that_are_broken_or_cannot_be_written_cost_time_and_nothing_else(
         assert missing == () and len(tables) == 2
 
 
+def test_a_user_without_a_home_keeps_no_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert default_folder({}) is None
+    assert default_folder({"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")
+
+
 def test_where_widths_are_kept() -> None:
     assert default_folder({"PROFILING_AGENT_CACHE": "off"}) is None
     assert default_folder({"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from profiling_agent.acquisition.workload import compute_logits
+from profiling_agent.compression.divergence import comparable, divergences
 from profiling_agent.compression.group import Group, Kept, removed_indices
 from profiling_agent.compression.statistics import Gram, Moments, input_rows, output_rows
 
@@ -253,16 +253,13 @@ def divergence_of(
     *,
     has_classes: bool,
 ) -> float:
-    """Mean Kullback-Leibler divergence of the outputs, or mean squared change without classes."""
-    total, count = 0.0, 0
-    for batch in batches:
-        before = compute_logits(original, batch).double()
-        after = compute_logits(smaller, batch).double()
-        if has_classes:
-            before, after = (F.log_softmax(x.flatten(0, -2), -1) for x in (before, after))
-            total += float((before.exp() * (before - after)).sum())
-            count += len(before)
-        else:
-            total += float((before - after).square().sum())
-            count += before.numel()
-    return total / max(1, count)
+    """Mean divergence of the outputs; 0 without batches."""
+    each = [
+        divergences(
+            comparable(compute_logits(original, batch), has_classes=has_classes),
+            comparable(compute_logits(smaller, batch), has_classes=has_classes),
+            has_classes=has_classes,
+        )
+        for batch in batches
+    ]
+    return float(torch.cat(each).mean()) if each else 0.0

@@ -4,8 +4,8 @@ For one runtime and scheme: choose a width for every group and int8 or float for
 that the predicted time is smallest while the divergences add up to no more than an *allowance*.
 That is a multiple-choice knapsack, solved to one part in 10,000 by HiGHS. The allowance, which
 stands between divergence and accuracy, is not known beforehand; the trials find it: it is doubled
-after a feasible trial, and halved (in logarithms) between the best feasible and the least
-infeasible one.
+after a feasible trial; between the best feasible and the least infeasible one it is halved (in
+logarithms), or moved to where their drops say the budget lies.
 """
 
 from __future__ import annotations

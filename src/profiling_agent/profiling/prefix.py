@@ -37,13 +37,13 @@ class Prefix:
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self._model, self._batches = model, batches
         self._kept: dict[str, list[Any]] = {}
+        self._bytes = 0
         self._started: dict[str, int] = {}
         self._ended: dict[str, int] = {}
         for name in self._watch():
             self._kept[name] = []
         self.first = [self._record(batch) for batch in batches]
-        size = sum(_bytes_of(value) for values in self._kept.values() for value in values)
-        if size > MAX_BYTES or not self._holds():
+        if not self._holds():
             self._kept = {}
 
     def run(self, changed: Collection[str] | None) -> Iterator[Tensor]:
@@ -123,6 +123,10 @@ class Prefix:
                 self._kept[name].append(_copied(output))
             except TypeError:
                 del self._kept[name]
+                return
+            self._bytes += _bytes_of(output)
+            if self._bytes > MAX_BYTES:
+                self._kept.clear()
 
         return keep
 

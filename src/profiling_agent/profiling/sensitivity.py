@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from profiling_agent.acquisition.workload import compute_logits
 from profiling_agent.compression.compress import Compressor
+from profiling_agent.compression.divergence import comparable, divergences
 from profiling_agent.compression.surgery import pruned
 from profiling_agent.deployment.torch_runtime import quantize_dynamic
 from profiling_agent.machine.clock import now
@@ -34,9 +35,8 @@ RUINED = 0.5
 class Divergence:
     """Compares the model as it is now with how it was at the start, on fixed inputs.
 
-    For logits of classes by the Kullback-Leibler divergence; for other outputs by half the squared
-    difference over the variance of the original's, which is that divergence between two normal
-    distributions that spread as the outputs do.
+    As ``divergences`` says; outputs that are no classes spread as the original's do. What ran
+    before the changed modules is not run again (``prefix.py``).
     """
 
     def __init__(
@@ -53,10 +53,7 @@ class Divergence:
         self._variance = float((together - together.mean(dim=0)).square().mean())
 
     def _output(self, logits: Tensor) -> Tensor:
-        """Log-probabilities (samples, classes), or outputs (samples, values), as doubles."""
-        if self._has_classes:
-            return F.log_softmax(logits.double().flatten(0, -2), -1)
-        return logits.double().reshape(len(logits), -1)
+        return comparable(logits, has_classes=self._has_classes)
 
     def measure(self, modules: Collection[str] | None = None) -> tuple[float, float, float]:
         """Mean divergence (nats), its standard error, and the share of changed top classes.
@@ -67,12 +64,11 @@ class Divergence:
         changed = 0
         for before, logits in zip(self._original, self._prefix.run(modules), strict=True):
             after = self._output(logits)
+            parts.append(
+                divergences(before, after, has_classes=self._has_classes, variance=self._variance)
+            )
             if self._has_classes:
-                parts.append((before.exp() * (before - after)).sum(-1))
                 changed += int((before.argmax(-1) != after.argmax(-1)).sum())
-            else:
-                square = (before - after).square().mean(-1)
-                parts.append(square / (2 * max(self._variance, 1e-30)))
         each = torch.cat(parts)
         error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
         return float(each.mean()), error, changed / len(each)

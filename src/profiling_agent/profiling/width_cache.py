@@ -39,7 +39,10 @@ def default_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
         return None
     if named:
         return Path(named) / "widths"
-    caches = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        caches = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
     return Path(caches) / "profiling-agent" / "widths"
 
 
