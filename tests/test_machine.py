@@ -19,6 +19,7 @@ from profiling_agent.machine.clock import (
     summarise,
     without_collector,
 )
+from profiling_agent.machine.memory import release_free_memory
 from profiling_agent.machine.processor import core_ids, describe_machine, read_cpuinfo
 from profiling_agent.machine.seeds import derive_seed, generator
 from profiling_agent.machine.threads import default_threads
@@ -217,6 +218,31 @@ def test_collector_is_restored_after_an_error() -> None:
     with without_collector():
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_free_memory_goes_back_to_the_system() -> None:
+    code = """
+import gc
+from pathlib import Path
+from profiling_agent.machine.memory import release_free_memory
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) // 1024
+blocks = [bytearray(100_000) for _ in range(2000)]
+kept = blocks[::100]
+del blocks
+gc.collect()
+before = resident()
+release_free_memory()
+print(before - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100  # of 190 MB that are free between 20 blocks
+
+
+def test_a_system_without_trim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profiling_agent.machine.memory._malloc_trim", lambda: None)
+    release_free_memory()
 
 
 def test_seeds_are_named() -> None:

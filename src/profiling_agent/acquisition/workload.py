@@ -6,9 +6,10 @@ preprocessing is part of what is evaluated.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +42,18 @@ class Split:
             rows = slice(start, min(start + batch_size, total))
             labels = None if self.labels is None else np.asarray(self.labels[rows])
             yield {name: np.asarray(array[rows]) for name, array in self.inputs.items()}, labels
+            for array in self.inputs.values():
+                forget_pages(array)
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Let go of what was read of a memory map, so that it doesn't count as this process's memory.
+
+    It is read again where it is needed again; views of the array stay good.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and array.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        cast(mmap.mmap, mapped).madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,13 @@ from profiling_agent.compression.statistics import Moments, consumers_of, gather
 from profiling_agent.compression.surgery import NewWeights, remove_units
 from profiling_agent.compression.taylor import gather_changes
 from profiling_agent.errors import TrialError
+from profiling_agent.machine.memory import release_free_memory
 from profiling_agent.records.evaluation import Achieved
 from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Importance, Plan, Repair
 
 CALIBRATION_BATCH = 32
+MOMENTS_BATCH = 16
 GRADIENT_BATCH = 8
 CALIBRATION_SAMPLES = 512
 
@@ -62,17 +64,19 @@ class Compressor:
 
     @cached_property
     def discovery(self) -> Discovery:
-        return find_groups(self.model, self.workload.example(2))
+        discovery = find_groups(self.model, self.workload.example(2))
+        release_free_memory()
+        return discovery
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
         names = consumers_of(self.model, self.discovery.groups)
-        moments = gather_moments(self.model, names, self.calibration_batches())
-        return {
-            name: with_chosen_ridge(self.model.get_submodule(name), moments.pop(name))
-            for name in names
-            if name in moments
-        }
+        batches = self.calibration_batches(batch_size=MOMENTS_BATCH)
+        moments = gather_moments(self.model, names, batches)
+        for name in moments:
+            moments[name] = with_chosen_ridge(self.model.get_submodule(name), moments[name])
+            release_free_memory()
+        return moments
 
     @cached_property
     def changes(self) -> dict[str, Tensor]:
@@ -99,6 +103,7 @@ class Compressor:
             moments = {} if importance == "magnitude" else self.moments
             changes = self.changes if importance == "taylor" else None
             self._orders[key] = removal_order(self.model, group, importance, moments, changes)
+            release_free_memory()
         return self._orders[key]
 
     def keep(self, group_id: str, num_kept: int, importance: Importance) -> np.ndarray:

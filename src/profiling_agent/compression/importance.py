@@ -99,13 +99,13 @@ class _Consumer:
     def __init__(self, layer: nn.Module, member: Member, moments: Moments) -> None:
         assert isinstance(layer.weight, Tensor)
         gram = moments.second if layer.bias is None else moments.covariance
-        ridge = moments.ridge * gram.diagonal().mean().clamp_min(1e-12)
-        self.inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
         self.weight = layer.weight.detach().double().flatten(1).clone()
         self.columns = _columns(layer, member)
         # in units of the layer's own output energy, so that consumers can be added up
-        energy = torch.einsum("oi,ij,oj->", self.weight, gram, self.weight)
+        energy = ((self.weight @ gram) * self.weight).sum()
         self.scale = 1.0 / float(energy.clamp_min(1e-12))
+        gram.diagonal().add_(moments.ridge * gram.diagonal().mean().clamp_min(1e-12))
+        self.inverse = torch.linalg.inv(gram)
 
     def scores(self, alive: Tensor) -> Tensor:
         columns = self.columns[alive]
@@ -117,8 +117,8 @@ class _Consumer:
         gone = self.columns[units].reshape(-1)
         block = self.inverse[gone][:, gone]
         towards = torch.linalg.solve(block, self.inverse[gone])  # (gone, all)
-        self.weight -= self.weight[:, gone] @ towards
-        self.inverse -= self.inverse[:, gone] @ towards
+        self.weight.addmm_(self.weight[:, gone], towards, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, gone], towards, alpha=-1)
 
 
 class _Pool:

@@ -50,16 +50,25 @@ def repair_consumers(
 
 def refit(layer: nn.Module, gone: np.ndarray, moments: Moments, method: Repair) -> NewWeights:
     """New weights of one consumer without the inputs ``gone``; ``method`` is not ``none``."""
+    gram = _spread_of_inputs(layer, moments) if method != "mean-shift" else None
+    return _refitted(layer, gone, moments, gram)
+
+
+def _spread_of_inputs(layer: nn.Module, moments: Moments) -> Tensor:
+    """What takes the place of C in the equations above."""
+    return moments.second if layer.bias is None else moments.covariance
+
+
+def _refitted(
+    layer: nn.Module, gone: np.ndarray, moments: Moments, gram: Tensor | None
+) -> NewWeights:
+    """By least squares with ``gram``, by mean shift without."""
     assert isinstance(layer.weight, Tensor)
     full = layer.weight.detach()
     weight = full.double().flatten(1)
     bias = layer.bias.detach().double() if isinstance(layer.bias, Tensor) else None
     stay = torch.from_numpy(columns_that_stay(layer, gone))
-    if method != "mean-shift":
-        gram = moments.second if bias is None else moments.covariance
-        new = _least_squares(weight, gram, stay, moments.ridge)
-    else:
-        new = weight[:, stay]
+    new = weight[:, stay] if gram is None else _least_squares(weight, gram, stay, moments.ridge)
     if bias is not None:
         bias = bias + weight @ moments.mean - new @ moments.mean[stay]
     num_kept = full.shape[1] - len(gone)
@@ -86,15 +95,19 @@ def with_chosen_ridge(layer: nn.Module, moments: Moments) -> Moments:
     ridge, size = RIDGE, layer.weight.shape[1]
     if len(moments.held) and size > 1:
         known, gone = moments.without_held(), np.arange(1, size, 2)
-        errors = [_held_error(layer, gone, replace(known, ridge=r), moments.held) for r in RIDGES]
+        gram = _spread_of_inputs(layer, known)
+        errors = [
+            _held_error(layer, gone, _refitted(layer, gone, replace(known, ridge=r), gram), moments)
+            for r in RIDGES
+        ]
         ridge = RIDGES[int(np.argmin(errors))]
-    return replace(moments, held=moments.held[:0], ridge=ridge)
+    return replace(moments, held=moments.held.new_empty(0, moments.held.shape[1]), ridge=ridge)
 
 
-def _held_error(layer: nn.Module, gone: np.ndarray, moments: Moments, held: Tensor) -> float:
+def _held_error(layer: nn.Module, gone: np.ndarray, new: NewWeights, moments: Moments) -> float:
     """Mean squared change of the layer's outputs on the held inputs, refitted without ``gone``."""
     assert isinstance(layer.weight, Tensor)
-    new = refit(layer, gone, moments, "least-squares")
+    held = moments.held
     stay = torch.from_numpy(columns_that_stay(layer, gone))
     change = held @ layer.weight.detach().flatten(1).T - held[:, stay] @ new.weight.flatten(1).T
     if new.bias is not None:
@@ -105,12 +118,11 @@ def _held_error(layer: nn.Module, gone: np.ndarray, moments: Moments, held: Tens
 
 def _least_squares(weight: Tensor, gram: Tensor, stay: Tensor, ridge: float) -> Tensor:
     inner = gram[stay][:, stay]
-    added = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    inner = inner + added * torch.eye(len(stay), dtype=inner.dtype)
     # pulled towards the old weights and not towards zero: what the data never excites keeps
     # the weight it had
     old = weight[:, stay]
-    gap = weight @ gram[:, stay] - old @ gram[stay][:, stay]
+    gap = (weight @ gram)[:, stay] - old @ inner
+    inner.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-12))
     return old + torch.linalg.solve(inner, gap.T).T
 
 

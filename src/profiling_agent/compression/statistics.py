@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from profiling_agent.acquisition.workload import compute_logits
 from profiling_agent.compression.group import Group
+from profiling_agent.machine.memory import release_free_memory
 
 BLOCK = 512
 """Rows of a Gram matrix that are held together."""
@@ -41,13 +42,11 @@ class Gram:
 
     def add(self, rows: Tensor, factor: float = 1.0) -> None:
         """Add ``factor`` times the outer products of the rows (n, size), in double precision."""
+        rows = rows.double()
         for number, block in enumerate(self._blocks):
             start = number * BLOCK
-            block.addmm_(
-                rows[:, start : start + len(block)].T.double(),
-                rows[:, start:].double(),
-                alpha=factor,
-            )
+            left, right = rows[:, start : start + len(block)], rows[:, start:]
+            block.addmm_(left.T, right, alpha=factor)
 
     def whole(self) -> Tensor:
         """The matrix (size, size)."""
@@ -83,11 +82,12 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """Mean outer product (d, d); put together anew each time."""
-        return self.gram.whole() / self.num_rows
+        return self.gram.whole().div_(self.num_rows)
 
     @property
     def covariance(self) -> Tensor:
-        return self.second - torch.outer(self.mean, self.mean)
+        """That of the inputs (d, d); put together anew each time."""
+        return self.second.addr_(self.mean, self.mean, alpha=-1)
 
     def without_held(self) -> Moments:
         """Those of all inputs but the held ones."""
@@ -97,7 +97,7 @@ class Moments:
             mean=(self.mean * self.num_rows - self.held.double().sum(0)) / left,
             gram=gram,
             num_rows=left,
-            held=self.held[:0],
+            held=self.held.new_empty(0, self.held.shape[1]),
         )
 
 
@@ -127,6 +127,7 @@ def gather_moments(
     try:
         for batch in batches:
             compute_logits(model, batch)
+            release_free_memory()
     finally:
         for handle in handles:
             handle.remove()
@@ -159,7 +160,9 @@ class _Sum:
             mean=self.mean / self.num_rows,
             gram=self.gram,
             num_rows=self.num_rows,
-            held=torch.cat(self.held if len(self.held) > 1 else [self.held[0][:0]]),
+            held=torch.cat(
+                self.held if len(self.held) > 1 else [self.held[0].new_empty(0, len(self.mean))]
+            ),
         )
 
 
