@@ -233,7 +233,7 @@ def optimize(
     objective: Annotated[Objective, typer.Option(help="what to improve")] = Objective.latency,
     batch_size: BatchSize = 1,
     threads: Threads = None,
-    planner: Annotated[str, typer.Option(help="solver, uniform, random or greedy")] = "solver",
+    planner: Annotated[str, typer.Option(help="solver, tpe, uniform, random or greedy")] = "solver",
     runtime: Annotated[
         str,
         typer.Option(
@@ -329,7 +329,7 @@ def plan(
     run: Annotated[
         Path | None, typer.Option(help="a run folder, whose trials the planner learns from")
     ] = None,
-    planner: Annotated[str, typer.Option(help="solver, uniform, random or greedy")] = "solver",
+    planner: Annotated[str, typer.Option(help="solver, tpe, uniform, random or greedy")] = "solver",
     max_drop: Annotated[
         float | None, typer.Option(help="what may be lost [the run's, else 0.5 points]")
     ] = None,

@@ -7,6 +7,7 @@ by what the trials measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -160,6 +161,23 @@ def controls_to_profile(history: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
     return pairs
 
 
+def worth_trying(profile: Profile, history: Sequence[Trial], budget: Budget) -> list[Pair]:
+    """Pairs whose control was measured; those that already lost far too much only if int8.
+
+    A float scheme over the budget can't be saved by pruning; an int8 one can keep layers float.
+    """
+    measured = controls(history)
+    if not history:  # a first guess, from what the profile measured in eager mode
+        schemes = profile.schemes("torch")
+        return [Pair(runtime="torch", scheme=scheme) for scheme in schemes]
+    pairs: list[Pair] = []
+    for pair, trial in measured.items():
+        hopeless = not is_feasible(trial, budget) and not pair.scheme.startswith("int8")
+        if not hopeless and relative_latency(trial) is not None:
+            pairs.append(pair)
+    return pairs
+
+
 LIKELY = 2
 """Controls whose runtime and scheme are worth width tables of their own."""
 
@@ -255,14 +273,38 @@ def _kl_at(group: GroupCost, ratio: float) -> float:
 
 
 def predict_saved_share(profile: Profile, plan: Plan) -> float:
-    """Sum of the shares of time that the plan's pruning saves, at most 0.95."""
+    """The share of time that the plan's pruning saves, at most 0.95.
+
+    What its groups save one by one, less what they save twice: a layer that loses a quarter of its
+    inputs and a quarter of its outputs has nine sixteenths left and not a half.
+    """
     groups = {group.id: group for group in profile.groups}
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
-    shares = (
-        saved_share(profile, groups[group_id], line.ratio, pair)
-        for group_id, line in assign(plan, tuple(groups)).items()
+    lines = assign(plan, tuple(groups))
+    shares = (saved_share(profile, groups[i], line.ratio, pair) for i, line in lines.items())
+    removed = {
+        i: 1.0 - units_kept(groups[i].width, line.ratio) / groups[i].width
+        for i, line in lines.items()
+    }
+    return min(0.95, sum(shares) * _together(profile, removed))
+
+
+def _together(profile: Profile, removed: Mapping[str, float]) -> float:
+    """Multiply-accumulates that groups save together, over the sum of what each saves alone.
+
+    ``removed`` is the share of its units that each loses. Counted on the layers that they cut.
+    """
+    cuts: dict[str, list[float]] = {}
+    for group in profile.groups:
+        for name in group.members if group.id in removed else ():
+            cuts.setdefault(name, []).append(removed[group.id])
+    macs = {module.name: module.self_macs for module in profile.modules}
+    alone = sum(macs.get(name, 0) * sum(shares) for name, shares in cuts.items())
+    together = sum(
+        macs.get(name, 0) * (1.0 - math.prod(1.0 - share for share in shares))
+        for name, shares in cuts.items()
     )
-    return min(0.95, sum(shares))
+    return together / alone if alone > 0 else 1.0
 
 
 def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:

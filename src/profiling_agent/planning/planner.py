@@ -37,15 +37,20 @@ class Planner(Protocol):
 
 
 def find_planner(name: str) -> Planner:
-    """The planner of that name; ``BudgetError`` lists those there are."""
+    """The planner of that name; ``BudgetError`` lists those there are.
+
+    ``MissingDependency`` for one that stands on a package which is not installed.
+    """
     from profiling_agent.planning.controls import Greedy, Random, Uniform
     from profiling_agent.planning.solver import Solver
+    from profiling_agent.planning.tpe import Tpe
 
     planners: dict[str, Callable[[], Planner]] = {
         "solver": Solver,
         "uniform": Uniform,
         "random": Random,
         "greedy": Greedy,
+        "tpe": Tpe,
     }
     if name not in planners:
         raise BudgetError(f"There is no planner {name!r}. Choose one of {', '.join(planners)}.")

@@ -30,13 +30,13 @@ from profiling_agent.planning.estimate import (
     predict_kl,
     predict_saved_share,
     saving_scale,
+    worth_trying,
 )
 from profiling_agent.planning.history import (
     Pair,
     controls,
     is_feasible,
     pair_of,
-    relative_latency,
     search_drop,
 )
 from profiling_agent.planning.planner import Proposal
@@ -69,7 +69,7 @@ class Solver:
         """The most promising untried plan over all runtimes and schemes, or ``None``."""
         tried = {trial.plan.plan_id for trial in history}
         best: tuple[float, Proposal] | None = None
-        for pair in _worth_trying(profile, history, budget):
+        for pair in worth_trying(profile, history, budget):
             proposal = _propose_for(pair, profile, history, budget, seed, tried)
             if proposal is None:
                 continue
@@ -77,23 +77,6 @@ class Solver:
             if best is None or value < best[0]:
                 best = (value, proposal)
         return best[1] if best else None
-
-
-def _worth_trying(profile: Profile, history: Sequence[Trial], budget: Budget) -> list[Pair]:
-    """Pairs whose control was measured; those that already lost far too much only if int8.
-
-    A float scheme over the budget can't be saved by pruning; an int8 one can keep layers float.
-    """
-    measured = controls(history)
-    if not history:  # a first guess, from what the profile measured in eager mode
-        schemes = profile.schemes("torch")
-        return [Pair(runtime="torch", scheme=scheme) for scheme in schemes]
-    pairs: list[Pair] = []
-    for pair, trial in measured.items():
-        hopeless = not is_feasible(trial, budget) and not pair.scheme.startswith("int8")
-        if not hopeless and relative_latency(trial) is not None:
-            pairs.append(pair)
-    return pairs
 
 
 def _promise(
@@ -285,9 +268,21 @@ def solve(
     ratios, floats = chosen
     if not ratios and not floats:
         return None
-    plan = _plan(pair, ratios, floats, seed, allowance)
-    saved = scale * predict_saved_share(profile, plan)
+    why = (
+        f"knapsack at a divergence of at most {allowance:.3g} nats: "
+        f"{len(ratios)} groups pruned, {len(floats)} layers kept float"
+    )
+    plan = make_plan(pair, ratios, floats, seed, why)
     lost = sum(gain.saved for gain in gains if gain.name in floats)
+    return expected(plan, profile, base=base, scale=scale, lost=lost)
+
+
+def expected(plan: Plan, profile: Profile, *, base: float, scale: float, lost: float) -> Proposal:
+    """The plan with its estimates: what pruning saves of ``base``, and what float layers cost.
+
+    ``base``, ``lost`` and what ``scale`` gives are latencies over the baseline's.
+    """
+    saved = scale * predict_saved_share(profile, plan)
     return Proposal(
         plan=plan,
         relative_latency=max(0.02, base - saved + lost),
@@ -379,9 +374,8 @@ def _cuts_convolutions(ratios: dict[str, float]) -> bool:
     return 2 * len(channels) > len(ratios)
 
 
-def _plan(
-    pair: Pair, ratios: dict[str, float], floats: set[str], seed: int, allowance: float
-) -> Plan:
+def make_plan(pair: Pair, ratios: dict[str, float], floats: set[str], seed: int, why: str) -> Plan:
+    """The plan that prunes these groups, keeps these layers float and repairs as suits them."""
     lines = tuple(
         PruningLine(match=regex.escape(group_id, special_only=True), ratio=ratio)
         for group_id, ratio in sorted(ratios.items())
@@ -393,8 +387,5 @@ def _plan(
         pruning=lines,
         quantization=Quantization(scheme=pair.scheme, keep_float=keep),
         repair="sequential" if _cuts_convolutions(ratios) else "least-squares",
-        why=(
-            f"knapsack at a divergence of at most {allowance:.3g} nats: "
-            f"{len(lines)} groups pruned, {len(keep)} layers kept float"
-        ),
+        why=why,
     )
