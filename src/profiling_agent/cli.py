@@ -25,6 +25,7 @@ from profiling_agent.records.base import describe_faults
 if TYPE_CHECKING:
     from profiling_agent.acquisition.request import Request
     from profiling_agent.records.common import Deployment
+    from profiling_agent.records.llm import LlmSettings
 
 app = typer.Typer(
     name="profiling-agent",
@@ -233,7 +234,39 @@ def optimize(
     objective: Annotated[Objective, typer.Option(help="what to improve")] = Objective.latency,
     batch_size: BatchSize = 1,
     threads: Threads = None,
-    planner: Annotated[str, typer.Option(help="solver, tpe, uniform, random or greedy")] = "solver",
+    planner: Annotated[
+        str,
+        typer.Option(
+            help="auto (hybrid with --llm, else solver), solver, llm, hybrid, tpe, uniform, random "
+            "or greedy"
+        ),
+    ] = "auto",
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            help="language model that proposes plans: openai:NAME, anthropic:NAME, google:NAME, "
+            "ollama:NAME, replay:TRANSCRIPT; keys from the environment"
+        ),
+    ] = None,
+    llm_base_url: Annotated[
+        str | None, typer.Option(help="any endpoint that speaks OpenAI's chat completions")
+    ] = None,
+    llm_tools: Annotated[bool, typer.Option(help="let the model call tools, where it can")] = True,
+    llm_prompt: Annotated[
+        str, typer.Option(help="wording of its instructions: default, terse or stepwise")
+    ] = "default",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="plans asked of it; 1 is the paper's single shot")
+    ] = None,
+    max_llm_requests: Annotated[int, typer.Option(min=1, help="requests to it at most")] = 60,
+    max_llm_tokens: Annotated[int, typer.Option(min=1, help="tokens, in and out")] = 400_000,
+    max_llm_cost: Annotated[
+        float | None, typer.Option(help="dollars, for models with a known price [no limit]")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="paper: ProfilingAgent's own way, to compare (2509.05584); needs --llm"),
+    ] = None,
     runtime: Annotated[
         str,
         typer.Option(
@@ -251,7 +284,7 @@ def optimize(
 ) -> None:
     """Find, prove and hand over the best artefact within the budget."""
     from profiling_agent.loop import optimize_workload
-    from profiling_agent.planning.planner import find_planner
+    from profiling_agent.planning.planner import find_planner, planner_name
     from profiling_agent.preconditions import check_settings, default_drop
     from profiling_agent.records.common import Budget
     from profiling_agent.records.store import RunStore
@@ -260,6 +293,16 @@ def optimize(
     from profiling_agent.report.terminal import render_run
 
     seconds = parse_duration(time_budget)
+    advisor = _advisor(
+        llm,
+        llm_base_url,
+        use_tools=llm_tools,
+        prompt=llm_prompt,
+        rounds=rounds,
+        max_requests=max_llm_requests,
+        max_tokens=max_llm_tokens,
+        max_cost_usd=max_llm_cost,
+    )
     settings = _record(
         lambda: RunSettings(
             budget=Budget(
@@ -271,12 +314,13 @@ def optimize(
                 evidence=evidence.value,
             ),
             deployment=_deployment(batch_size, threads),
-            planner=planner,
+            planner=planner_name(_recipe(recipe, planner), advisor),
+            llm=advisor,
             runtimes=_runtimes(runtime),
             seed=seed,
         )
     )
-    find_planner(planner)
+    find_planner(settings.planner, settings.llm)
     check_settings(settings)
     if restart:
         RunStore(out).clear()
@@ -293,6 +337,45 @@ def optimize(
         typer.echo(f"report: {out / 'report.html'}")
     assert record.verdict is not None
     raise typer.Exit(EXIT_CODES[record.verdict.kind])
+
+
+def _advisor(
+    model: str | None,
+    base_url: str | None,
+    *,
+    max_requests: int,
+    max_tokens: int,
+    max_cost_usd: float | None,
+    **asked: Any,
+) -> LlmSettings | None:
+    """Whom to ask for plans, or nobody; ``BudgetError`` for an endpoint without a model."""
+    from profiling_agent.records.llm import LlmLimits, LlmSettings
+
+    if model is None:
+        if base_url is not None:
+            raise BudgetError("--llm-base-url names an endpoint; name the model there with --llm.")
+        return None
+    return _record(
+        lambda: LlmSettings(
+            model=model,
+            base_url=base_url,
+            limits=LlmLimits(
+                max_requests=max_requests, max_tokens=max_tokens, max_cost_usd=max_cost_usd
+            ),
+            **asked,
+        )
+    )
+
+
+def _recipe(recipe: str | None, planner: str) -> str:
+    """The planner that a recipe stands for."""
+    if recipe is None:
+        return planner
+    if recipe != "paper":
+        raise BudgetError(f"There is no recipe {recipe!r}; there is 'paper'.")
+    if planner not in ("auto", "paper"):
+        raise BudgetError(f"--recipe paper brings its own planner; leave out --planner {planner}.")
+    return "paper"
 
 
 @app.command()

@@ -9,7 +9,8 @@
     │   └── ArtefactError                   2   an artefact folder that can't be opened
     ├── MissingDependency                   3   an extra is not installed
     ├── StorageError                        4   no permission, no space, not our folder
-    └── TrialError                          5   a plan can't be carried out
+    ├── TrialError                          5   a plan can't be carried out
+    └── LlmUnavailable                      1   a language model gives no answer; ends no run
 
 Messages say what to do next; inside the loop a ``TrialError`` becomes a FAILED trial.
 Verdicts have exit codes too: ACCEPT 0, NO_GAIN 10, INFEASIBLE 11; 12 says that ``check`` found
@@ -68,3 +69,15 @@ class TrialError(ProfilingAgentError, RuntimeError):
     """A plan that could not be carried out; the loop records it as a FAILED trial."""
 
     exit_code = 5
+
+
+class LlmUnavailable(ProfilingAgentError, RuntimeError):
+    """A language model that gives no answer.
+
+    ``is_final``: asking again is pointless in this run (a limit is reached, the key or the model's
+    name is wrong).
+    """
+
+    def __init__(self, sentence: str, *, is_final: bool) -> None:
+        super().__init__(sentence)
+        self.is_final = is_final

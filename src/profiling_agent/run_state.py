@@ -14,6 +14,7 @@ from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.history import pareto
 from profiling_agent.records.common import Machine
 from profiling_agent.records.evaluation import Evaluation
+from profiling_agent.records.llm import Guard, LlmUsage
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore, write_text
 from profiling_agent.records.trial import (
@@ -39,6 +40,8 @@ class RunState:
     profile_path: str | None = None
     trials: list[Trial] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
+    llm: LlmUsage | None = None
     candidates: list[Candidate] | None = None
     final_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -120,6 +123,8 @@ def read_state(store: RunStore) -> RunState:
         ),
         "trial": lambda d: state.trials.append(Trial.model_validate(d)),
         "rejection": lambda d: state.rejections.append(Rejection.model_validate(d)),
+        "guard": lambda d: state.guards.append(Guard.model_validate(d)),
+        "llm": lambda d: setattr(state, "llm", LlmUsage.model_validate(d)),
         "warning": lambda d: state.warnings.append(str(d)),
         "final": finals,
         "verdict": verdict,
@@ -148,6 +153,8 @@ def draw_record(store: RunStore, state: RunState) -> RunRecord:
         baseline_timing=state.baseline.timing,
         trials=tuple(state.trials),
         rejections=tuple(state.rejections),
+        guards=tuple(state.guards),
+        llm=state.llm,
         candidates=tuple(state.candidates or ()),
         pareto=tuple(t.trial_id for t in pareto(state.trials, state.settings.budget)),
         final=tuple(

@@ -196,6 +196,12 @@ def likely_to_serve(history: Sequence[Trial], budget: Budget) -> list[Trial]:
     return sorted(usable, key=lambda trial: relative_latency(trial) or 0.0)[:LIKELY]
 
 
+def likely_pair(history: Sequence[Trial], budget: Budget) -> Pair | None:
+    """The likeliest of them."""
+    likely = likely_to_serve(history, budget)
+    return pair_of(likely[0]) if likely else None
+
+
 SLOWER = 0.1
 """Int8 makes a layer slower when it takes this share more than float; below, it is noise."""
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 from profiling_agent.errors import BudgetError
 from profiling_agent.records.common import Budget
+from profiling_agent.records.llm import Guard, LlmSettings, LlmUsage
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
+
+AdvisedName = Literal["llm", "hybrid", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +23,13 @@ class Proposal:
     """A plan with what the planner expects of it; ``None`` where it has no estimate.
 
     ``relative_latency`` is over the baseline's; ``kl`` is the predicted divergence of the outputs.
+    ``author`` is who wrote it, where that isn't the planner itself.
     """
 
     plan: Plan
     relative_latency: float | None = None
     kl: float | None = None
+    author: str | None = None
 
 
 class Planner(Protocol):
@@ -36,10 +43,37 @@ class Planner(Protocol):
     ) -> Proposal | None: ...
 
 
-def find_planner(name: str) -> Planner:
+@runtime_checkable
+class Advised(Planner, Protocol):
+    """A planner that asks a language model, and is guarded."""
+
+    @property
+    def reserve(self) -> Planner | None:
+        """Who proposes the last trials of a run, and all when this planner has nothing left."""
+        ...
+
+    @property
+    def usage(self) -> LlmUsage: ...
+
+    def take_guards(self) -> tuple[Guard, ...]:
+        """What the guards did since the last call."""
+        ...
+
+
+def planner_name(name: str, llm: LlmSettings | None) -> str:
+    """What ``auto`` stands for: ``hybrid`` with a language model, else ``solver``."""
+    if name != "auto":
+        return name
+    return "solver" if llm is None else "hybrid"
+
+
+def find_planner(
+    name: str, llm: LlmSettings | None = None, transcript: Path | None = None
+) -> Planner:
     """The planner of that name; ``BudgetError`` lists those there are.
 
-    ``MissingDependency`` for one that stands on a package which is not installed.
+    ``MissingDependency`` for one that stands on a package which is not installed. ``llm`` is whom
+    an advised planner asks, and ``transcript`` the file that keeps what was said.
     """
     from profiling_agent.planning.controls import Greedy, Random, Uniform
     from profiling_agent.planning.solver import Solver
@@ -52,6 +86,29 @@ def find_planner(name: str) -> Planner:
         "greedy": Greedy,
         "tpe": Tpe,
     }
+    advised: tuple[AdvisedName, ...] = ("llm", "hybrid", "paper")
+    for each in advised:
+        planners[each] = partial(_advised, each, llm, transcript)
     if name not in planners:
         raise BudgetError(f"There is no planner {name!r}. Choose one of {', '.join(planners)}.")
+    if llm is not None and name not in advised:
+        raise BudgetError(
+            f"The planner {name!r} asks no language model; leave --llm out, or choose one of "
+            f"{', '.join(advised)}."
+        )
     return planners[name]()
+
+
+def _advised(name: AdvisedName, llm: LlmSettings | None, transcript: Path | None) -> Planner:
+    from profiling_agent.llm.client import Client
+    from profiling_agent.llm.provider import open_provider
+    from profiling_agent.llm.transcript import Transcript
+    from profiling_agent.planning.advised import AdvisedPlanner
+
+    if llm is None:
+        raise BudgetError(
+            f"The planner {name!r} asks a language model; name one with --llm, such as "
+            "--llm openai:gpt-4o or --llm ollama:llama3.2."
+        )
+    kept = Transcript(transcript) if transcript is not None else None
+    return AdvisedPlanner(name, Client(open_provider(llm), llm.limits, kept), llm)

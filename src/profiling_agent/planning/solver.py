@@ -2,10 +2,8 @@
 
 For one runtime and scheme: choose a width for every group and int8 or float for every layer, so
 that the predicted time is smallest while the divergences add up to no more than an *allowance*.
-That is a multiple-choice knapsack, solved to one part in 10,000 by HiGHS. The allowance, which
-stands between divergence and accuracy, is not known beforehand; the trials find it: it is doubled
-after a feasible trial; between the best feasible and the least infeasible one it is halved (in
-logarithms), or moved to where their drops say the budget lies.
+That is a multiple-choice knapsack, solved to one part in 10,000 by HiGHS. The allowance is not
+known beforehand; the trials find it (``allowance.py``).
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import regex
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from profiling_agent.planning.allowance import needs_rescue, next_allowance
 from profiling_agent.planning.estimate import (
     LayerGain,
     Option,
@@ -35,25 +34,14 @@ from profiling_agent.planning.estimate import (
 from profiling_agent.planning.history import (
     Pair,
     controls,
-    is_feasible,
-    pair_of,
-    search_drop,
 )
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
-from profiling_agent.records.patterns import assign, units_kept
+from profiling_agent.records.patterns import assign, matches, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import GroupCost, Profile
 from profiling_agent.records.trial import Trial
 
-KL_PER_POINT = 0.02
-"""First guess of the divergence (nats) that costs one point of accuracy; trials correct it."""
-MAX_POINTS = 5.0
-"""Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
-SEARCH_ENDED = 1.15
-"""The bracket around the allowance is closed when its ends are this close."""
-AIM = 0.8
-"""Of the budget, for plans between two that were measured: the test split may say a little more."""
 MAX_STEPS = 12
 """How often the allowance is moved on in search of a plan that was not tried."""
 
@@ -73,13 +61,13 @@ class Solver:
             proposal = _propose_for(pair, profile, history, budget, seed, tried)
             if proposal is None:
                 continue
-            value = _promise(proposal, pair, profile, history, budget)
+            value = promise(proposal, pair, profile, history, budget)
             if best is None or value < best[0]:
                 best = (value, proposal)
         return best[1] if best else None
 
 
-def _promise(
+def promise(
     proposal: Proposal, pair: Pair, profile: Profile, history: Sequence[Trial], budget: Budget
 ) -> float:
     """The predicted objective: time, or the control's size or memory shrunk by what is pruned."""
@@ -112,12 +100,8 @@ def _propose_for(
     seed: int,
     tried: set[str],
 ) -> Proposal | None:
-    low, high = allowance_bracket(profile, history, budget, pair)
-    shrink = _shrink(profile, history, budget, pair, high)
-    allowance = _next_allowance(low, high, _points(budget, history), shrink)
-    if allowance is not None and low is not None and high is not None:
-        allowance = max(allowance, _crossing(profile, history, budget, pair, low, high))
-    prune = not _needs_rescue(pair, history, budget)
+    allowance, high = next_allowance(profile, history, budget, pair)
+    prune = not needs_rescue(pair, history, budget)
     for _ in range(MAX_STEPS):
         if allowance is None:
             return None
@@ -128,113 +112,6 @@ def _propose_for(
         if high is not None and allowance >= high:
             return None
     return None
-
-
-def _needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
-    """Whether all that was tried of an int8 scheme is over the budget, its control too.
-
-    Then the layers to keep float are found before anything is pruned: two faults at once would hide
-    each other.
-    """
-    tried = [t for t in history if pair_of(t) == pair]
-    return (
-        pair.scheme.startswith("int8")
-        and any(trial.is_control for trial in tried)
-        and not any(is_feasible(trial, budget) for trial in tried)
-    )
-
-
-def allowance_bracket(
-    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
-) -> tuple[float | None, float | None]:
-    """Divergence known to be affordable and known to be too much, for one runtime and scheme.
-
-    A screened trial, which collapsed, counts as too much; a failed one says nothing. An int8
-    control that holds says little of a plan that prunes and keeps layers float: it counts as long
-    as nothing below its divergence was too much.
-    """
-    kept: list[float] = []
-    lost: list[float] = []
-    control: float | None = None
-    for trial in history:
-        if pair_of(trial) != pair or trial.status == "failed":
-            continue
-        kl = predict_kl(profile, trial.plan)
-        if is_feasible(trial, budget):
-            if trial.is_control:
-                control = kl
-            else:
-                kept.append(kl)
-        elif trial.status == "screened" or search_drop(trial) is not None:
-            lost.append(kl)
-    low, high = max(kept, default=None), min(lost, default=None)
-    if control is not None and (high is None or control < high):
-        low = control if low is None else max(low, control)
-    if low is not None and high is not None and high <= low:
-        high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
-    return low, high
-
-
-def _shrink(
-    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair, high: float | None
-) -> float:
-    """How far below the least infeasible divergence to look while nothing feasible is known.
-
-    As far as its drop was above the budget, between a half and an eighth; an eighth when it
-    collapsed: summed divergences say too little of what many small cuts do together.
-    """
-    for trial in history:
-        drop = search_drop(trial)
-        if pair_of(trial) == pair and drop and predict_kl(profile, trial.plan) == high:
-            return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
-    return 1 / 8
-
-
-def _crossing(
-    profile: Profile,
-    history: Sequence[Trial],
-    budget: Budget,
-    pair: Pair,
-    low: float,
-    high: float,
-) -> float:
-    """Where the straight line between the drops at the bracket's ends meets 0.8 of the budget.
-
-    0 when a drop isn't known, and never nearer to the upper end than it is worth trying.
-    """
-    drops: dict[float, float] = {}
-    for trial in history:
-        drop = search_drop(trial)
-        if pair_of(trial) == pair and drop is not None:
-            drops[predict_kl(profile, trial.plan)] = drop
-    before, after = drops.get(low), drops.get(high)
-    wanted = AIM * budget.max_drop
-    if before is None or after is None or not before < wanted < after:
-        return 0.0
-    share = (wanted - before) / (after - before)
-    return min(low + share * (high - low), high / SEARCH_ENDED)
-
-
-def _points(budget: Budget, history: Sequence[Trial]) -> float:
-    """The budget in points; of a metric in another unit, in percent of what a control reaches."""
-    if budget.unit == "points":
-        return budget.max_drop
-    for trial in controls(history).values():
-        accuracy = trial.evaluation.on("search") if trial.evaluation else None
-        if accuracy is not None and accuracy.value != 0.0:
-            return min(MAX_POINTS, 100.0 * budget.max_drop / abs(accuracy.value))
-    return 1.0
-
-
-def _next_allowance(
-    low: float | None, high: float | None, points: float, shrink: float
-) -> float | None:
-    first = max(points, 0.05) * KL_PER_POINT
-    if high is None:
-        return max(first, 2.0 * low) if low is not None else first
-    if low is None or low == 0.0:
-        return min(first, high * shrink)
-    return None if high / low < SEARCH_ENDED else math.sqrt(low * high)
 
 
 def solve(
@@ -274,6 +151,18 @@ def solve(
     )
     plan = make_plan(pair, ratios, floats, seed, why)
     lost = sum(gain.saved for gain in gains if gain.name in floats)
+    return expected(plan, profile, base=base, scale=scale, lost=lost)
+
+
+def estimate(plan: Plan, profile: Profile, history: Sequence[Trial]) -> Proposal:
+    """Anyone's plan with the estimates that the solver would give it."""
+    pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
+    base = base_latency(profile, history, pair)
+    gains = layer_gains(profile, history, pair)
+    names = [gain.name for gain in gains]
+    floats = {n for pattern in plan.quantization.keep_float for n in matches(pattern, names)}
+    lost = sum(gain.saved for gain in gains if gain.name in floats)
+    scale = saving_scale(profile, history, pair) * base
     return expected(plan, profile, base=base, scale=scale, lost=lost)
 
 

@@ -20,6 +20,7 @@ class RunStore:
     """The folder of a run.
 
     journal.jsonl   every step, appended
+    transcript.jsonl   what a language model was asked and answered
     workload.json   profile.json   run.json   report.html   records
     data/           the three splits as arrays
     trials/ID/      artefacts tried
@@ -33,6 +34,10 @@ class RunStore:
     @property
     def data(self) -> Path:
         return self.folder / "data"
+
+    @property
+    def transcript(self) -> Path:
+        return self.folder / "transcript.jsonl"
 
     @property
     def profile(self) -> Path:
@@ -67,7 +72,8 @@ class RunStore:
             for folder in (self.data, self.artefact, self.folder / "trials"):
                 if folder.exists():
                     shutil.rmtree(folder)
-            for file in (self.profile, self.run_record, self.report, self.journal.path):
+            records = (self.profile, self.run_record, self.report, self.transcript)
+            for file in (*records, self.journal.path):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(

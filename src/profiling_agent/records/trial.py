@@ -9,6 +9,7 @@ from pydantic import Field
 from profiling_agent.records.base import Record
 from profiling_agent.records.common import Budget, Deployment, Evidence, Interval, Machine, Timing
 from profiling_agent.records.evaluation import Achieved, Evaluation
+from profiling_agent.records.llm import Guard, LlmSettings, LlmUsage
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.workload import WorkloadRecord
 
@@ -28,7 +29,7 @@ class Trial(Record):
     schema_version: Literal[1] = 1
     trial_id: str
     plan: Plan
-    author: str = Field(description="control, solver, uniform, ..., or user")
+    author: str = Field(description="control, solver, llm, llm+solver, uniform, ..., or user")
     is_control: bool = False
     status: TrialStatus
     reason: str = ""
@@ -90,6 +91,7 @@ class RunSettings(Record):
     budget: Budget
     deployment: Deployment
     planner: str = "solver"
+    llm: LlmSettings | None = None
     runtimes: tuple[str, ...] = ("torch", "onnxruntime", "openvino")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
@@ -106,6 +108,8 @@ class RunRecord(Record):
     baseline_timing: Timing | None
     trials: tuple[Trial, ...]
     rejections: tuple[Rejection, ...]
+    guards: tuple[Guard, ...] = Field(default=(), description="what was done to a model's answers")
+    llm: LlmUsage | None = Field(default=None, description="None: no language model was asked")
     candidates: tuple[Candidate, ...]
     pareto: tuple[str, ...] = Field(description="trial ids no other feasible trial beats in both")
     final: tuple[Evaluation, ...] = Field(description="of the final stage, test split included")

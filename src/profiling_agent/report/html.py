@@ -29,6 +29,7 @@ from profiling_agent.report.profile_view import (
 from profiling_agent.report.summary import (
     HeadlineRow,
     TrialRow,
+    advice_in_words,
     bottleneck_in_words,
     evidence_in_words,
     facts_of_data,
@@ -75,6 +76,7 @@ def render_html(record: RunRecord, profile: Profile | None = None) -> str:
         _chart(record),
         _trials(record),
         _rejections(record),
+        _advice(record),
         *(_profile_sections(record, profile) if profile is not None else []),
         _not_measured(record, profile),
         _method(record),
@@ -379,6 +381,20 @@ def _not_measured(record: RunRecord, profile: Profile | None) -> str:
     lines = [*not_measured(record), *(gaps_of(profile) if profile is not None else ())]
     body = _notes(lines) if lines else "<p>Nothing that was asked for is missing.</p>\n"
     return f"<h2>Not measured, and why</h2>\n{body}"
+
+
+def _advice(record: RunRecord) -> str:
+    """What a language model contributed, and every time that a guard stepped in."""
+    lines = advice_in_words(record)
+    if not lines:
+        return ""
+    rows = [
+        f"<tr>{cell(guard.action, kind='words')}{cell(guard.trial_id or '', kind='words')}"
+        f"{cell(guard.reason, kind='words')}</tr>"
+        for guard in record.guards
+    ]
+    table = _table(("what", "trial", "why"), rows, num_words=3) if rows else ""
+    return f"<h2>Language model</h2>\n{_notes(lines)}{table}"
 
 
 def _method(record: RunRecord) -> str:

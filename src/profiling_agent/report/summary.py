@@ -6,12 +6,14 @@ Pure functions. Nothing is computed here that was not measured: a cell without a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from profiling_agent.records.common import Interval, Timing
 from profiling_agent.records.evaluation import Accuracy, Evaluation
+from profiling_agent.records.llm import GuardAction
 from profiling_agent.records.trial import RunRecord, Trial, Verdict
 from profiling_agent.records.workload import Task, WorkloadRecord
 from profiling_agent.report.wording import (
@@ -30,6 +32,14 @@ from profiling_agent.report.wording import (
 )
 
 BASELINE: Final = "baseline"
+
+# What the guards did to a language model's answers, before a count.
+_GUARDS: Final[dict[GuardAction, str]] = {
+    "rejected": "answers rejected",
+    "rewritten": "plans rewritten",
+    "fallback": "solver instead",
+    "rollback": "rollbacks",
+}
 
 Role = Literal["original", "control", "ours"]
 
@@ -110,6 +120,33 @@ def common_split(rows: tuple[HeadlineRow, ...]) -> str | None:
         return None
     split, num_samples = seen.pop()
     return f"{split}, {num_samples} samples"
+
+
+def advice_in_words(record: RunRecord) -> tuple[str, ...]:
+    """What a language model was asked, what the guards did, and who wrote the plan handed over.
+
+    Empty when none was asked.
+    """
+    if record.settings.llm is None:
+        return ()
+    lines = [f"{record.settings.llm.model} was asked {_asked(record)}"]
+    counts = Counter(guard.action for guard in record.guards)
+    done = [f"{words}: {counts[action]}" for action, words in _GUARDS.items() if counts[action]]
+    lines.append(f"guards: {', '.join(done) or 'had nothing to do'}")
+    handed = record.verdict.trial_id if record.verdict else None
+    author = next((t.author for t in record.trials if t.trial_id == handed), None)
+    if author is not None:
+        lines.append(f"the plan handed over was written by: {author}")
+    return tuple(lines)
+
+
+def _asked(record: RunRecord) -> str:
+    usage = record.llm
+    if usage is None:
+        return "nothing: the search ended before"
+    cost = "cost not known" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
+    tokens = f"{usage.input_tokens:,} tokens in, {usage.output_tokens:,} out"
+    return f"{usage.requests} times: {tokens}, {cost}, {usage.seconds:.1f} s"
 
 
 def gain_in_words(verdict: Verdict) -> str:

@@ -16,6 +16,7 @@ from profiling_agent.records.trial import RunRecord, Verdict, VerdictKind
 from profiling_agent.records.workload import Task
 from profiling_agent.report.summary import (
     HeadlineRow,
+    advice_in_words,
     bottleneck_in_words,
     common_split,
     evidence_in_words,
@@ -60,6 +61,7 @@ def render_run(record: RunRecord, *, folder: Path | None = None) -> RenderableTy
     lines = ["", _caption(rows, task), *_footnotes(rows), "", *facts]
     parts.append(Text("\n".join(lines), style="dim"))
     parts.append(_verdict_panel(record, folder))
+    parts += [Text(printable(line, 400)) for line in advice_in_words(record)]
     if bottleneck := bottleneck_in_words(record):
         parts.append(Text(bottleneck, style="yellow"))
     parts += [Text(f"warning: {printable(w, 400)}", style="yellow") for w in record.warnings]

@@ -1,0 +1,152 @@
+"""How much divergence the accuracy budget affords: what the trials say about it.
+
+The *allowance* stands between divergence, which is measured group by group, and accuracy, which is
+known of whole trials only. It is found for each runtime and scheme: doubled after a feasible trial;
+between the best feasible and the least infeasible one halved (in logarithms), or moved to where
+their drops say the budget lies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from profiling_agent.planning.estimate import predict_kl
+from profiling_agent.planning.history import (
+    Pair,
+    controls,
+    is_feasible,
+    pair_of,
+    search_drop,
+)
+from profiling_agent.records.common import Budget
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.trial import Trial
+
+KL_PER_POINT = 0.02
+"""First guess of the divergence (nats) that costs one point of accuracy; trials correct it."""
+MAX_POINTS = 5.0
+"""Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
+SEARCH_ENDED = 1.15
+"""The bracket around the allowance is closed when its ends are this close."""
+AIM = 0.8
+"""Of the budget, for plans between two that were measured: the test split may say a little more."""
+
+
+def next_allowance(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> tuple[float | None, float | None]:
+    """The divergence to try next, or ``None`` when the bracket is closed; and what is too much."""
+    low, high = allowance_bracket(profile, history, budget, pair)
+    shrink = _shrink(profile, history, budget, pair, high)
+    allowance = _next_allowance(low, high, _points(budget, history), shrink)
+    if allowance is not None and low is not None and high is not None:
+        allowance = max(allowance, _crossing(profile, history, budget, pair, low, high))
+    return allowance, high
+
+
+def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
+    """Whether all that was tried of an int8 scheme is over the budget, its control too.
+
+    Then the layers to keep float are found before anything is pruned: two faults at once would hide
+    each other.
+    """
+    tried = [t for t in history if pair_of(t) == pair]
+    return (
+        pair.scheme.startswith("int8")
+        and any(trial.is_control for trial in tried)
+        and not any(is_feasible(trial, budget) for trial in tried)
+    )
+
+
+def allowance_bracket(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> tuple[float | None, float | None]:
+    """Divergence known to be affordable and known to be too much, for one runtime and scheme.
+
+    A screened trial, which collapsed, counts as too much; a failed one says nothing. An int8
+    control that holds says little of a plan that prunes and keeps layers float: it counts as long
+    as nothing below its divergence was too much.
+    """
+    kept: list[float] = []
+    lost: list[float] = []
+    control: float | None = None
+    for trial in history:
+        if pair_of(trial) != pair or trial.status == "failed":
+            continue
+        kl = predict_kl(profile, trial.plan)
+        if is_feasible(trial, budget):
+            if trial.is_control:
+                control = kl
+            else:
+                kept.append(kl)
+        elif trial.status == "screened" or search_drop(trial) is not None:
+            lost.append(kl)
+    low, high = max(kept, default=None), min(lost, default=None)
+    if control is not None and (high is None or control < high):
+        low = control if low is None else max(low, control)
+    if low is not None and high is not None and high <= low:
+        high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
+    return low, high
+
+
+def _shrink(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair, high: float | None
+) -> float:
+    """How far below the least infeasible divergence to look while nothing feasible is known.
+
+    As far as its drop was above the budget, between a half and an eighth; an eighth when it
+    collapsed: summed divergences say too little of what many small cuts do together.
+    """
+    for trial in history:
+        drop = search_drop(trial)
+        if pair_of(trial) == pair and drop and predict_kl(profile, trial.plan) == high:
+            return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
+    return 1 / 8
+
+
+def _crossing(
+    profile: Profile,
+    history: Sequence[Trial],
+    budget: Budget,
+    pair: Pair,
+    low: float,
+    high: float,
+) -> float:
+    """Where the straight line between the drops at the bracket's ends meets 0.8 of the budget.
+
+    0 when a drop isn't known, and never nearer to the upper end than it is worth trying.
+    """
+    drops: dict[float, float] = {}
+    for trial in history:
+        drop = search_drop(trial)
+        if pair_of(trial) == pair and drop is not None:
+            drops[predict_kl(profile, trial.plan)] = drop
+    before, after = drops.get(low), drops.get(high)
+    wanted = AIM * budget.max_drop
+    if before is None or after is None or not before < wanted < after:
+        return 0.0
+    share = (wanted - before) / (after - before)
+    return min(low + share * (high - low), high / SEARCH_ENDED)
+
+
+def _points(budget: Budget, history: Sequence[Trial]) -> float:
+    """The budget in points; of a metric in another unit, in percent of what a control reaches."""
+    if budget.unit == "points":
+        return budget.max_drop
+    for trial in controls(history).values():
+        accuracy = trial.evaluation.on("search") if trial.evaluation else None
+        if accuracy is not None and accuracy.value != 0.0:
+            return min(MAX_POINTS, 100.0 * budget.max_drop / abs(accuracy.value))
+    return 1.0
+
+
+def _next_allowance(
+    low: float | None, high: float | None, points: float, shrink: float
+) -> float | None:
+    first = max(points, 0.05) * KL_PER_POINT
+    if high is None:
+        return max(first, 2.0 * low) if low is not None else first
+    if low is None or low == 0.0:
+        return min(first, high * shrink)
+    return None if high / low < SEARCH_ENDED else math.sqrt(low * high)
