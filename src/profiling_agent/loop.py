@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,29 +37,27 @@ from profiling_agent.finish import (
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
-from profiling_agent.planning.check import check_plan
 from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import (
     feasible,
-    is_feasible,
     pareto,
     relative_latency,
     search_drop,
 )
-from profiling_agent.planning.planner import Advised, Planner, Proposal, find_planner
+from profiling_agent.planning.planner import Planner, find_planner
 from profiling_agent.preconditions import check_settings, check_task
 from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
 from profiling_agent.profiling.width_cache import WidthCache, default_folder
+from profiling_agent.proposing import Proposals
 from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.evaluation import Evaluation
-from profiling_agent.records.llm import Guard, LlmSettings
+from profiling_agent.records.llm import LlmSettings
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import DeployedProfile, Profile
 from profiling_agent.records.store import RunStore, read_array, write_array, write_text
 from profiling_agent.records.trial import (
-    Rejection,
     RunRecord,
     RunSettings,
     Trial,
@@ -98,8 +95,6 @@ WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 6
 or when so many trials would not have time after them."""
 PATIENCE = 5
 """Trials without a better feasible plan after which the search stops."""
-RESERVED = 2
-"""The last trials of a run that are the solver's, when a language model proposes."""
 LLM_SHARE = 0.25
 """Of the time budget, for waiting for a language model's answers."""
 
@@ -473,7 +468,16 @@ class _Run:
         """Propose, check, try, until time, trials, ideas or progress run out."""
         if self.state.candidates is not None:
             return
-        for number, proposal, author in self._proposals(profile):
+        proposals = Proposals(
+            planner=self.planner,
+            store=self.store,
+            state=self.state,
+            settings=self.settings,
+            progress=self.progress,
+            warn=self._warn,
+            trials_left=self._trials_left,
+        )
+        for number, proposal, author in proposals.walk(profile):
             if self.left < self._reserve() + 1.3 * self._usual_trial_s():
                 self.progress.message("the rest of the time is kept for the final measurement")
                 break
@@ -487,85 +491,15 @@ class _Run:
                 predicted_ms=timing.median_ms * time if timing and time else None,
                 predicted_kl=proposal.kl,
             )
-            self._roll_back(self.state.trials[-1])
+            proposals.look_back(self.state.trials[-1])
             if self._stalled():
                 self.progress.message(f"no better plan in {PATIENCE} trials")
                 break
 
-    def _proposals(self, profile: Profile) -> Iterator[tuple[int, Proposal, str]]:
-        """Trial number, proposal and its author, until the planner has nothing left to propose."""
-        ended = False
-        while True:
-            number = sum(1 for trial in self.state.trials if not trial.is_control) + 1
-            if number > self.budget.max_trials:
-                return
-            planner = self._whose_turn(number, ended=ended)
-            proposal = planner.propose(
-                profile, tuple(self.state.trials), self.budget, self.settings.seed
-            )
-            self._keep_guards(f"t{number}" if proposal else None)
-            if proposal is None:
-                if ended or not isinstance(planner, Advised) or planner.reserve is None:
-                    return
-                ended = True
-                continue
-            author = proposal.author or planner.name
-            reason = self._reject(proposal.plan, profile, author)
-            if reason is not None:  # a pure planner would only say the same again
-                self._warn(f"The planner {planner.name!r} proposed a bad plan: {reason}")
-                return
-            yield number, proposal, author
-
-    def _whose_turn(self, number: int, *, ended: bool) -> Planner:
-        """The planner, or who stands behind it: at the end of the run, or of its ideas."""
-        reserve = self.planner.reserve if isinstance(self.planner, Advised) else None
-        if reserve is None:
-            return self.planner
-        left = self.budget.max_trials - number + 1
+    def _trials_left(self) -> int | None:
+        """How many usual trials there is time for; ``None`` before the first."""
         usual = self._usual_trial_s()
-        if usual > 0:
-            left = min(left, int((self.left - self._reserve()) / usual))
-        return reserve if ended or left <= RESERVED else self.planner
-
-    def _keep_guards(self, trial_id: str | None) -> None:
-        """Journal what the guards did for a proposal, and what the asking has cost so far."""
-        if not isinstance(self.planner, Advised):
-            return
-        for guard in self.planner.take_guards():
-            self._guard(guard.model_copy(update={"trial_id": trial_id}))
-        usage = self.planner.usage
-        if usage != self.state.llm:
-            self.state.llm = usage
-            self.store.journal.append("llm", usage)
-
-    def _guard(self, guard: Guard) -> None:
-        self.state.guards.append(guard)
-        self.store.journal.append("guard", guard)
-        self.progress.message(f"{guard.action}: {guard.reason}")
-
-    def _roll_back(self, trial: Trial) -> None:
-        """Say from where the search goes on after a model's plan that lost too much."""
-        if not isinstance(self.planner, Advised) or trial.author == "solver":
-            return
-        if trial.status == "failed" or is_feasible(trial, self.budget):
-            return
-        best = feasible(self.state.trials, self.budget)
-        drop = search_drop(trial)
-        lost = trial.reason if drop is None else f"it lost {drop:.2f} {self.budget.unit}".rstrip()
-        back = f"{best[0].trial_id} ({best[0].label})" if best else "the original"
-        reason = f"{lost}; the search goes back to {back}"
-        self._guard(Guard(action="rollback", author="loop", trial_id=trial.trial_id, reason=reason))
-
-    def _reject(self, plan: Plan, profile: Profile, author: str) -> str | None:
-        tried = {trial.plan.plan_id for trial in self.state.trials}
-        reason = check_plan(plan, profile, tried)
-        if reason is None and plan.runtime not in self.settings.runtimes:
-            reason = f"The runtime {plan.runtime!r} is excluded by --runtime."
-        if reason is not None and not any(r.plan == plan for r in self.state.rejections):
-            rejection = Rejection(plan=plan, author=author, reason=reason)
-            self.state.rejections.append(rejection)
-            self.store.journal.append("rejection", rejection)
-        return reason
+        return int((self.left - self._reserve()) / usual) if usual > 0 else None
 
     def _stalled(self) -> bool:
         ours = [trial for trial in self.state.trials if not trial.is_control]

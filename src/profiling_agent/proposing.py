@@ -1,0 +1,114 @@
+"""Whose turn it is to propose, and what becomes of a proposal before it is a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.history import feasible, is_feasible, search_drop
+from profiling_agent.planning.planner import Advised, Planner, Proposal
+from profiling_agent.records.llm import Guard
+from profiling_agent.records.plan import Plan
+from profiling_agent.records.profile import Profile
+from profiling_agent.records.store import RunStore
+from profiling_agent.records.trial import Rejection, RunSettings, Trial
+from profiling_agent.report.live import Progress
+from profiling_agent.run_state import RunState
+
+RESERVED = 2
+"""The last trials of a run that are the solver's, when a language model proposes."""
+
+
+@dataclass(kw_only=True)
+class Proposals:
+    """The search's proposals, one after the other; every step of a guard is journalled.
+
+    ``trials_left`` says how many trials there is time for, ``None`` when that isn't known yet.
+    """
+
+    planner: Planner
+    store: RunStore
+    state: RunState
+    settings: RunSettings
+    progress: Progress
+    warn: Callable[[str], None]
+    trials_left: Callable[[], int | None]
+
+    def walk(self, profile: Profile) -> Iterator[tuple[int, Proposal, str]]:
+        """Trial number, proposal and its author, until the planner has nothing left to propose."""
+        ended = False
+        while True:
+            number = sum(1 for trial in self.state.trials if not trial.is_control) + 1
+            if number > self.settings.budget.max_trials:
+                return
+            planner = self._whose_turn(number, ended=ended)
+            proposal = planner.propose(
+                profile, tuple(self.state.trials), self.settings.budget, self.settings.seed
+            )
+            self._keep_guards(f"t{number}" if proposal else None)
+            if proposal is None:
+                if ended or not isinstance(planner, Advised) or planner.reserve is None:
+                    return
+                ended = True
+                continue
+            author = proposal.author or planner.name
+            reason = self._reject(proposal.plan, profile, author)
+            if reason is not None:  # a pure planner would only say the same again
+                self.warn(f"The planner {planner.name!r} proposed a bad plan: {reason}")
+                return
+            yield number, proposal, author
+
+    def _whose_turn(self, number: int, *, ended: bool) -> Planner:
+        """The planner, or who stands behind it: at the end of the run, or of its ideas."""
+        reserve = self.planner.reserve if isinstance(self.planner, Advised) else None
+        if reserve is None:
+            return self.planner
+        in_time, left = self.trials_left(), self.settings.budget.max_trials - number + 1
+        if in_time is not None:
+            left = min(left, in_time)
+        return reserve if ended or left <= RESERVED else self.planner
+
+    def _keep_guards(self, trial_id: str | None) -> None:
+        """Journal what the guards did for a proposal, and what the asking has cost so far."""
+        if not isinstance(self.planner, Advised):
+            return
+        for guard in self.planner.take_guards():
+            self._guard(guard.model_copy(update={"trial_id": trial_id}))
+        usage = self.planner.usage
+        if usage != self.state.llm:
+            self.state.llm = usage
+            self.store.journal.append("llm", usage)
+
+    def _guard(self, guard: Guard) -> None:
+        self.state.guards.append(guard)
+        self.store.journal.append("guard", guard)
+        self.progress.message(f"{guard.action}: {guard.reason}")
+
+    def look_back(self, trial: Trial) -> None:
+        """Say from where the search goes on after a model's plan that lost too much."""
+        if not isinstance(self.planner, Advised) or trial.author == "solver":
+            return
+        if trial.status == "failed" or is_feasible(trial, self.settings.budget):
+            return
+        best = feasible(self.state.trials, self.settings.budget)
+        drop = search_drop(trial)
+        lost = (
+            trial.reason
+            if drop is None
+            else f"it lost {drop:.2f} {self.settings.budget.unit}".rstrip()
+        )
+        back = f"{best[0].trial_id} ({best[0].label})" if best else "the original"
+        reason = f"{lost}; the search goes back to {back}"
+        self._guard(Guard(action="rollback", author="loop", trial_id=trial.trial_id, reason=reason))
+
+    def _reject(self, plan: Plan, profile: Profile, author: str) -> str | None:
+        tried = {trial.plan.plan_id for trial in self.state.trials}
+        reason = check_plan(plan, profile, tried)
+        if reason is None and plan.runtime not in self.settings.runtimes:
+            reason = f"The runtime {plan.runtime!r} is excluded by --runtime."
+        if reason is not None and not any(r.plan == plan for r in self.state.rejections):
+            rejection = Rejection(plan=plan, author=author, reason=reason)
+            self.state.rejections.append(rejection)
+            self.store.journal.append("rejection", rejection)
+        return reason
