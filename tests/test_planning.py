@@ -322,6 +322,7 @@ def test_greedy_takes_smaller_steps_after_a_failure() -> None:
 
 
 def test_what_two_groups_cut_in_the_same_layer_is_saved_once() -> None:
+    """Of one shape, they were timed together; of two, what they share is taken off."""
     stream = make_group("channels:stem", 512, members=("stem", "blocks.0.mlp.fc1"))
     hidden = make_group("mlp:blocks.0.mlp.fc1", 512, members=("blocks.0.mlp.fc1", "head"))
     profile = profile_of(groups=(stream, hidden), modules=(make_module("blocks.0.mlp.fc1"),))
@@ -334,6 +335,9 @@ def test_what_two_groups_cut_in_the_same_layer_is_saved_once() -> None:
     assert alone > 0
     assert saved("mlp:blocks.0.mlp.fc1") == pytest.approx(alone)
     assert saved("channels:stem", "mlp:.*") == pytest.approx(0.75 * 2 * alone)
+    alike = stream.model_copy(update={"shape_class": hidden.shape_class})
+    profile = profile.model_copy(update={"groups": (alike, hidden)})
+    assert saved("channels:stem", "mlp:.*") == pytest.approx(2 * alone)
 
 
 # ---- the solver ---------------------------------------------------------------------------------

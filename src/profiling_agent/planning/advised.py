@@ -18,7 +18,13 @@ from dataclasses import replace
 from profiling_agent.errors import LlmUnavailable
 from profiling_agent.llm.client import Client
 from profiling_agent.planning.agents.answer import ANYTHING, Limits
-from profiling_agent.planning.agents.consult import Consulted, Question, consult, instructions
+from profiling_agent.planning.agents.consult import (
+    MAX_ANSWERS,
+    Consulted,
+    Question,
+    consult,
+    instructions,
+)
 from profiling_agent.planning.allowance import next_allowance
 from profiling_agent.planning.estimate import predict_kl
 from profiling_agent.planning.history import Pair
@@ -99,7 +105,8 @@ class AdvisedPlanner:
             wording=self._settings.prompt,
             limits=PAPER if self.name == "paper" else ANYTHING,
             use_tools=self._settings.use_tools and self._client.provider.offers_tools,
-            max_answers=1 if self.name == "paper" else 4,
+            with_solver_tool=self.name != "paper",
+            max_answers=1 if self.name == "paper" else MAX_ANSWERS,
         )
         try:
             consulted = consult(self._client.ask, question)
@@ -116,14 +123,16 @@ class AdvisedPlanner:
     def _trusted(
         self, plan: Plan, profile: Profile, history: Sequence[Trial], budget: Budget
     ) -> Plan | None:
-        """The plan within the trust region; ``None`` when that was tried before."""
-        plan, change = within_trust(plan, profile, history, budget)
+        """The plan within the trust region; ``None`` when that was tried before, or can't be."""
+        trusted, change = within_trust(plan, profile, history, budget)
         if change:
-            self._note("rewritten", MODEL, change)
-        if plan.plan_id in {trial.plan.plan_id for trial in history}:
+            self._note("rejected" if trusted is None else "rewritten", MODEL, change)
+        if trusted is None:
+            return None
+        if trusted.plan_id in {trial.plan.plan_id for trial in history}:
             self._note("rejected", MODEL, "with smaller ratios it is a plan that was tried before")
             return None
-        return plan
+        return trusted
 
     def _fallback(
         self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int

@@ -281,8 +281,8 @@ def _kl_at(group: GroupCost, ratio: float) -> float:
 def predict_saved_share(profile: Profile, plan: Plan) -> float:
     """The share of time that the plan's pruning saves, at most 0.95.
 
-    What its groups save one by one, less what they save twice: a layer that loses a quarter of its
-    inputs and a quarter of its outputs has nine sixteenths left and not a half.
+    What its groups save one by one, less what shapes save twice: a layer that loses a quarter of
+    its inputs to one and a quarter of its outputs to another has nine sixteenths left, not a half.
     """
     groups = {group.id: group for group in profile.groups}
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
@@ -296,20 +296,19 @@ def predict_saved_share(profile: Profile, plan: Plan) -> float:
 
 
 def _together(profile: Profile, removed: Mapping[str, float]) -> float:
-    """Multiply-accumulates that groups save together, over the sum of what each saves alone.
+    """Multiply-accumulates saved by all groups, over the sum of what each shape saves alone.
 
     ``removed`` is the share of its units that each loses. Counted on the layers that they cut.
+    Groups of one shape were timed together, so what they share is in their times already.
     """
-    cuts: dict[str, list[float]] = {}
+    left: dict[str, dict[str, float]] = {}  # of a layer, by the shape of what cuts it
     for group in profile.groups:
         for name in group.members if group.id in removed else ():
-            cuts.setdefault(name, []).append(removed[group.id])
+            shapes = left.setdefault(name, {})
+            shapes[group.shape_class] = shapes.get(group.shape_class, 1.0) * (1 - removed[group.id])
     macs = {module.name: module.self_macs for module in profile.modules}
-    alone = sum(macs.get(name, 0) * sum(shares) for name, shares in cuts.items())
-    together = sum(
-        macs.get(name, 0) * (1.0 - math.prod(1.0 - share for share in shares))
-        for name, shares in cuts.items()
-    )
+    alone = sum(macs.get(n, 0) * sum(1 - s for s in shapes.values()) for n, shapes in left.items())
+    together = sum(macs.get(n, 0) * (1 - math.prod(shapes.values())) for n, shapes in left.items())
     return together / alone if alone > 0 else 1.0
 
 

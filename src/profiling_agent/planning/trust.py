@@ -19,11 +19,12 @@ STEPS = 20
 
 def within_trust(
     plan: Plan, profile: Profile, history: Sequence[Trial], budget: Budget
-) -> tuple[Plan, str]:
-    """The plan, with smaller ratios if need be, and then what was done to it, else an empty text.
+) -> tuple[Plan | None, str]:
+    """The plan, with smaller ratios if need be, and what was done to it, else an empty text.
 
-    The bound is the least divergence of the plan's runtime and scheme that was over the budget. A
-    plan that is over it without any pruning stays as it is.
+    The bound is the least divergence of the plan's runtime and scheme that was over the budget.
+    ``None`` for a pruning plan that can't be brought below it; one without any pruning stays as it
+    is: only a trial can tell of the layers that it keeps float.
     """
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
     _, high = allowance_bracket(profile, history, budget, pair)
@@ -34,7 +35,12 @@ def within_trust(
     target = wanted if wanted is not None and wanted < high else high / SEARCH_ENDED
     smaller = shrunk_to(plan, profile, target)
     if smaller is None:
-        return plan, ""
+        if not plan.pruning:
+            return plan, ""
+        return None, (
+            f"a predicted divergence of {predicted:.3g} nats where {high:.3g} was too much, and "
+            "smaller ratios would not mend it"
+        )
     return smaller, (
         f"a predicted divergence of {predicted:.3g} nats where {high:.3g} was too much: all ratios "
         f"made smaller, to {predict_kl(profile, smaller):.3g}"
