@@ -267,7 +267,8 @@ class _Run:
                 opened.append(self._open_baseline())
             return opened[-1]
 
-        return Baseline(open=again, search=predicted)
+        measured = self.state.baseline.timing if self.state.baseline else None
+        return Baseline(open=again, search=predicted, ms=measured.median_ms if measured else None)
 
     def _open_baseline(self) -> Predictor:
         try:

@@ -26,7 +26,7 @@ from profiling_agent.deployment.artefact import build_artefact
 from profiling_agent.deployment.lowered import Calibration
 from profiling_agent.errors import ProfilingAgentError, StorageError
 from profiling_agent.evaluation.judge import Judge
-from profiling_agent.evaluation.measure import TRIAL, Race, race
+from profiling_agent.evaluation.measure import DISTURBED, TRIAL, Race, race, undisturbed
 from profiling_agent.evaluation.measure import (
     Protocol as TimingProtocol,
 )
@@ -205,11 +205,12 @@ class WorkerBuilder:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The untouched model: how to open it, and its answers to the search samples that trials are
-    judged on, the split's first (samples, ...)."""
+    """The untouched model: how to open it, its answers to the search samples that trials are judged
+    on, the split's first (samples, ...), and the milliseconds of a call, as first measured."""
 
     open: Callable[[], Predictor]
     search: np.ndarray
+    ms: float | None = None
 
 
 class TrialRunner:
@@ -235,6 +236,7 @@ class TrialRunner:
         self._max_drop = max_drop
         self._data = data
         self._memory_limit = memory_limit
+        self._usual_ms = baseline.ms
 
     def run(
         self,
@@ -299,16 +301,22 @@ class TrialRunner:
             if reason is not None:
                 return trial.model_copy(update={"status": "screened", "reason": reason})
             accuracy = self._search_accuracy(predictor, first)
-            times = race(
-                {"baseline": self.baseline.open(), trial.trial_id: predictor},
-                self._data / "calibration",
-                protocol,
-                deadline,
+            racers = {"baseline": self.baseline.open(), trial.trial_id: predictor}
+            times, slower = undisturbed(
+                lambda: race(racers, self._data / "calibration", protocol, deadline),
+                "baseline",
+                self._usual_ms,
             )
+            original_ms = times.timing("baseline").median_ms
+            self._usual_ms = min(self._usual_ms or original_ms, original_ms)
             evaluation = evaluation_of(
                 trial.trial_id, built, self.deployment, (accuracy,), times, predictor
             )
-        return trial.model_copy(update={"status": "done", "evaluation": evaluation})
+        busy = f"the machine was busy: the original took {slower:.1f} times as long as usual"
+        reason = busy if slower > DISTURBED else ""
+        return trial.model_copy(
+            update={"status": "done", "evaluation": evaluation, "reason": reason}
+        )
 
     def _screen_answers(self, predictor: Predictor) -> np.ndarray:
         """Answers on the first search samples, whole batches, so that the rest can follow."""

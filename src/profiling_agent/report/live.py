@@ -78,6 +78,7 @@ def describe_trial(
     else:
         facts = [as_ratio(speedup)] if speedup is not None else []
         facts += [f"drop {with_unit(in_drop(drop, unit), unit)}"] if drop is not None else []
+        facts += [printable(trial.reason, 300)] if trial.reason else []
         outcome = ", ".join(facts) or "done"
     return f"{head}: {outcome} ({in_seconds(trial.seconds)})"
 
