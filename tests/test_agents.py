@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from profiling_agent.errors import BudgetError, LlmUnavailable
 from profiling_agent.llm.conversation import Reply
+from profiling_agent.llm.faults import FinalFault
 from profiling_agent.planning.advised import PAPER, AdvisedName, AdvisedPlanner
 from profiling_agent.planning.agents.answer import ANYTHING, answer_schema, read_answer
 from profiling_agent.planning.agents.consult import (
@@ -36,6 +38,7 @@ from profiling_agent.planning.agents.folding import MAX_NAME, Fold, fold, shown
 from profiling_agent.planning.agents.tools import Tools
 from profiling_agent.planning.allowance import allowance_bracket
 from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.effects import effect, floats, nothing_new
 from profiling_agent.planning.estimate import predict_kl
 from profiling_agent.planning.planner import Advised, Proposal
 from profiling_agent.planning.solver import Solver
@@ -56,6 +59,7 @@ from test_planning import (
     group_of,
     only_heads,
     profile_of,
+    table_of,
     tried,
 )
 
@@ -307,6 +311,48 @@ def test_the_digest_says_what_was_measured() -> None:
     assert text.endswith("The best of them within the budget is t1.")
 
 
+def test_harm_between_what_was_measured_is_interpolated() -> None:
+    groups = (
+        group_of("mlp:a", 64, [(0.25, 0.2, 0.002), (0.5, 0.4, 0.006)]),
+        group_of("mlp:b.fc", 64, [(0.125, 0.2, 0.0123), (0.625, 0.4, 0.0523)]),
+        group_of("heads:c", 3, [(0.34, 0.2, 0.004), (0.67, 0.4, 0.02)]),
+        group_of("channels:d", 64, []),
+    )
+    text = digest(profile_of(groups=groups), controls_of(), BUDGET)
+    cells = {row.split(" | ")[0]: row.split(" | ") for row in rows(text, "GROUPS")}
+    harm = {pattern: each[-1] for pattern, each in cells.items()}
+    assert harm["mlp:a"] == "2/6"
+    assert harm["mlp:b\\.fc"] == "22/42"
+    assert harm["channels:d"] == "?/?"
+    one, other = harm["heads:c"].split("/")
+    assert one == "-" and 4 < float(other) < 20  # a quarter of three heads is none
+    assert re.fullmatch(r"-/\d+", cells["heads:c"][3])
+
+
+def test_the_extremes_of_a_row_are_those_of_what_it_shows() -> None:
+    """Also of groups in which that very ratio was not measured."""
+    near = [(0.25, 0.2, 0.001 * 2**-i) for i in range(5)]
+    groups = [group_of(f"mlp:b{i}", 64, [near[i % 5]]) for i in range(1, 1500)]
+    groups.insert(0, group_of("mlp:b0", 64, [(0.125, 0.1, 0.02), (0.375, 0.3, 0.06)]))
+    text = digest(profile_of(groups=tuple(groups)), controls_of(), BUDGET)
+    (row,) = rows(text, "GROUPS")
+    assert " | from " in row and row.endswith(" 0:40")
+
+
+def test_small_numbers_have_two_digits() -> None:
+    levels = [(0.25, 0.2, 0.0012345), (0.5, 0.4, 0.0096)]
+    text = digest(profile_of(groups=(group_of("mlp:a", 64, levels),)), controls_of(), BUDGET)
+    assert rows(text, "GROUPS")[0].endswith("| 1.2/10")
+
+
+def test_the_digest_says_where_the_time_was_measured() -> None:
+    history = controls_of()
+    assert "saved by each in eager mode at" in digest(profile_of(), history, BUDGET)
+    table = table_of(INT8, profile_of().groups[0].shape_class, (32, 0.2), (48, 0.04))
+    text = digest(profile_of(deployed_widths=(table,)), history, BUDGET)
+    assert "saved by each in onnxruntime int8-dynamic at" in text
+
+
 def test_the_digest_of_next_to_nothing() -> None:
     text = digest(profile_of(groups=(), layers=(), modules=(), total=None), [], BUDGET)
     assert "none of this model's layers can be pruned" in text
@@ -498,14 +544,13 @@ def question_of(**fields: Any) -> Question:
 
 
 def test_a_good_answer_is_a_plan() -> None:
-    ask = Scripted([GOOD])
-    found = consult(ask, question_of())
-    plan = found.parsed.plan
+    ask, rejected = Scripted([GOOD]), list[str]()
+    plan = consult(ask, question_of(), rejected).plan
     assert plan is not None
     assert (plan.seed, plan.runtime, plan.quantization.scheme) == (7, "onnxruntime", "int8-dynamic")
     assert plan.pruning == (PruningLine(match="mlp:a\\.fc1", ratio=0.25, why="so"),)
     assert plan.why == "much time for little harm"
-    assert (found.rejected, found.num_tool_uses) == ((), 0)
+    assert rejected == []
     (conversation,) = ask.asked
     assert conversation.agent == "analysis"
     assert conversation.turns[0].text == digest(profile_of(), controls_of(), BUDGET)
@@ -513,30 +558,29 @@ def test_a_good_answer_is_a_plan() -> None:
 
 def test_the_reason_goes_back_and_the_next_answer_counts() -> None:
     bad = [said(scheme="int4"), "x" * 9000, said(("mlp:c", 0.5))]
-    ask = Scripted([*bad, GOOD])
-    found = consult(ask, question_of())
-    assert found.parsed.plan is not None
-    assert len(found.rejected) == 3
+    ask, rejected = Scripted([*bad, GOOD]), list[str]()
+    assert consult(ask, question_of(), rejected).plan is not None
+    assert len(rejected) == 3
     turns = ask.asked[-1].turns
     assert [turn.role for turn in turns] == ["user", *["assistant", "user"] * 3]
     assert [turn.text for turn in turns[2::2]] == [
-        f"{reason} Answer again, with the whole object." for reason in found.rejected
+        f"{reason} Answer again, with the whole object." for reason in rejected
     ]
     assert [turn.text for turn in turns[1::2]] == [text[:4000] for text in bad]
 
 
 def test_a_question_is_given_up_after_its_answers() -> None:
     for limit in (1, MAX_ANSWERS):
-        ask = Scripted(["no"])
-        found = consult(ask, question_of(max_answers=limit))
-        assert len(ask.asked) == len(found.rejected) == limit
-        assert found.parsed.reason == found.rejected[-1]
+        ask, rejected = Scripted(["no"]), list[str]()
+        parsed = consult(ask, question_of(max_answers=limit), rejected)
+        assert len(ask.asked) == len(rejected) == limit
+        assert parsed.reason == rejected[-1]
 
 
 def test_done_ends_the_question() -> None:
-    found = consult(Scripted([said(done=True, why="all\x1b tried")]), question_of())
-    assert found.parsed.done and found.parsed.plan is None
-    assert found.parsed.why == "all  tried"
+    parsed = consult(Scripted([said(done=True, why="all\x1b tried")]), question_of(), [])
+    assert parsed.done and parsed.plan is None
+    assert parsed.why == "all  tried"
 
 
 def test_tools_are_answered_in_order() -> None:
@@ -546,9 +590,7 @@ def test_tools_are_answered_in_order() -> None:
             GOOD,
         ]
     )
-    found = consult(ask, question_of())
-    assert found.parsed.plan is not None
-    assert found.num_tool_uses == 2
+    assert consult(ask, question_of(), []).plan is not None
     _, asked, first, second = ask.asked[-1].turns
     assert (asked.role, asked.text, len(asked.calls)) == ("assistant", "let me see", 2)
     assert (first.role, first.call_id, first.name) == ("tool", "call0", "look_at_group")
@@ -559,22 +601,21 @@ def test_tools_are_answered_in_order() -> None:
 def test_too_many_tools_are_refused() -> None:
     at_once = calls(*[("archive", "{}")] * (MAX_CALLS + 2))
     ask = Scripted([at_once, GOOD])
-    assert consult(ask, question_of()).num_tool_uses == MAX_CALLS + 2
+    assert consult(ask, question_of(), []).plan is not None
     texts = [turn.text for turn in ask.asked[-1].turns if turn.role == "tool"]
     assert texts[MAX_CALLS:] == ["Too many calls at once."] * 2
     assert "Too many calls at once." not in texts[:MAX_CALLS]
 
-    ask = Scripted([*[calls(("archive", "{}"))] * (MAX_TOOL_USES + 1), GOOD])
-    found = consult(ask, question_of())
-    assert found.parsed.plan is not None and found.num_tool_uses == MAX_TOOL_USES
-    assert len(found.rejected) == 1
-    assert "it is empty" in found.rejected[0]
+    ask, rejected = Scripted([*[calls(("archive", "{}"))] * (MAX_TOOL_USES + 1), GOOD]), list[str]()
+    assert consult(ask, question_of(), rejected).plan is not None
+    assert len(rejected) == 1
+    assert "it is empty" in rejected[0]
     last = [turn for turn in ask.asked[-1].turns if turn.role == "tool"][-1]
     assert last.text == "No more tools; answer now."
 
-    ask = Scripted([calls(("archive", "{}"))])  # and never an answer
-    found = consult(ask, question_of())
-    assert len(found.rejected) == MAX_ANSWERS
+    ask, rejected = Scripted([calls(("archive", "{}"))]), list[str]()  # and never an answer
+    assert consult(ask, question_of(), rejected).reason
+    assert len(rejected) == MAX_ANSWERS
     assert len(ask.asked) == MAX_TOOL_USES + MAX_ANSWERS
 
 
@@ -582,7 +623,7 @@ def test_every_call_has_its_answer() -> None:
     """Providers refuse a conversation in which one is missing."""
     steps = [calls(*[("archive", "{}")] * n, text="hm") for n in (5, 2, 3, 1, 6)]
     ask = Scripted(steps)
-    consult(ask, question_of())
+    consult(ask, question_of(), [])
     turns = list(ask.asked[-1].turns)
     for place, turn in enumerate(turns):
         for number, call in enumerate(turn.calls, start=1):
@@ -591,8 +632,10 @@ def test_every_call_has_its_answer() -> None:
 
 
 def test_what_the_model_is_unable_to_give_is_raised() -> None:
+    rejected: list[str] = []
     with pytest.raises(LlmUnavailable, match=r"Nobody is there\."):
-        consult(client_of(Scripted([lost()])).ask, question_of())
+        consult(client_of(Scripted(["no", lost()])).ask, question_of(), rejected)
+    assert len(rejected) == 1 and "not JSON" in rejected[0]  # what was said before isn't lost
 
 
 def test_tools_are_offered_only_where_they_can_be_used() -> None:
@@ -604,11 +647,146 @@ def test_a_plan_that_was_tried_is_refused() -> None:
     plan = read_answer(GOOD, profile_of(), seed=7).plan
     assert plan is not None
     history = [*controls_of(), tried(1, plan, 0.5, 0.1)]
-    found = consult(Scripted([GOOD]), question_of(history=history))
-    assert set(found.rejected) == {
+    rejected: list[str] = []
+    assert consult(Scripted([GOOD]), question_of(history=history), rejected).plan is None
+    assert set(rejected) == {
         "This plan was tried before; change a ratio, the scheme or the runtime."
     }
     assert question_of(history=history).conversation().agent == "iteration"
+
+
+# ---- what the plan does -------------------------------------------------------------------------
+
+
+def test_a_line_with_the_ratio_0_spares_its_groups() -> None:
+    profile = profile_of()
+    ids = [group.id for group in profile.groups]
+    plan = read_answer(said(("mlp:a\\.fc1", 0.0), ("mlp:.*", 0.5)), profile, seed=0).plan
+    assert plan is not None
+    assert [line.ratio for line in plan.pruning] == [0.0, 0.5]
+    assert {i: line.ratio for i, line in assign(plan, ids).items()} == {
+        "mlp:a.fc1": 0.0, "mlp:b.fc1": 0.5
+    }  # fmt: skip
+    nothing = read_answer(said(("mlp:.*", 0.0), ("heads:.*", -0.0)), profile, seed=0).plan
+    assert nothing is not None and nothing.pruning == ()
+
+
+def test_the_repair_is_the_solvers_and_the_papers_none() -> None:
+    levels = [(0.5, 0.4, 0.006)]
+    profile = profile_of(
+        groups=tuple(group_of(i, 64, levels) for i in ("channels:a", "channels:b", "mlp:c"))
+    )
+    for lines, repair in (
+        ([("channels:.*", 0.5)], "sequential"),
+        ([("channels:.*", 0.5), ("mlp:c", 0.5)], "sequential"),
+        ([("channels:a", 0.5), ("mlp:c", 0.5)], "least-squares"),
+        ([("channels:a", 0.0), ("channels:b", 0.5), ("mlp:c", 0.5)], "least-squares"),
+        ([], "least-squares"),
+    ):
+        plan = read_answer(said(*lines), profile, seed=0).plan
+        assert plan is not None and plan.repair == repair
+        assert all(line.importance == "obs" for line in plan.pruning)
+        limits = replace(PAPER, pairs=None)
+        plan = read_answer(said(*lines), profile, seed=0, limits=limits).plan
+        assert plan is not None and plan.repair == "none"
+        assert all(line.importance == "magnitude" for line in plan.pruning)
+
+
+SAME = [
+    ([("mlp:a.fc1", 0.5)], [("mlp:a\\.fc1", 0.5)]),
+    ([("mlp:a.fc1", 0.5)], [("mlp:a.fc1", 0.501)]),  # rounds to as many units
+    ([("mlp:.*", 0.5)], [("mlp:b.fc1", 0.5), ("mlp:a.fc1", 0.5)]),
+    ([("mlp:a.fc1", 0.5)], [("mlp:a.fc1", 0.5), ("mlp:a.*", 0.75)]),
+    ([("mlp:a.fc1", 0.5)], [("mlp:b.fc1", 0.0), ("mlp:.*", 0.5)]),
+    ([("mlp:a.fc1", 0.5)], [("mlp:a.fc1", 0.5), ("heads:.*", 0.1)]),
+    ([], [("heads:.*", 0.0)]),
+]
+OTHERS = [
+    ([("mlp:a.fc1", 0.5)], [("mlp:b.fc1", 0.5)]),
+    ([("mlp:a.fc1", 0.5)], [("mlp:a.fc1", 0.52)]),
+    ([("mlp:.*", 0.5)], [("mlp:a.fc1", 0.25), ("mlp:.*", 0.5)]),
+    ([], [("heads:.*", 0.5)]),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_plans_of_one_effect_are_one_plan(
+    one: list[tuple[str, float]], other: list[tuple[str, float]]
+) -> None:
+    profile = profile_of()
+    first, second = plan_of(*one), plan_of(*other)
+    assert effect(first, profile) == effect(second, profile)
+    said_of = nothing_new(second, profile, [tried(4, first, 0.6, 0.1)])
+    assert said_of is not None and "the same as t4, a plan tried before" in said_of
+    failed = make_trial("t5", plan=first, status="failed", reason="out of memory")
+    assert "t5" in (nothing_new(second, profile, [failed]) or "")
+
+
+@pytest.mark.parametrize(("one", "other"), OTHERS)
+def test_plans_of_other_effects_are_told_apart(
+    one: list[tuple[str, float]], other: list[tuple[str, float]]
+) -> None:
+    profile = profile_of()
+    assert effect(plan_of(*one), profile) != effect(plan_of(*other), profile)
+    assert nothing_new(plan_of(*other), profile, [tried(1, plan_of(*one), 0.6, 0.1)]) is None
+
+
+def test_the_way_of_cutting_is_part_of_the_effect() -> None:
+    profile, plan = profile_of(), plan_of(("mlp:a.fc1", 0.5))
+    line = plan.pruning[0].model_copy(update={"importance": "magnitude"})
+    others = [
+        plan_of(("mlp:a.fc1", 0.5), pair=INT8),
+        plan_of(("mlp:a.fc1", 0.5), repair="none"),
+        plan.model_copy(update={"pruning": (line,)}),
+    ]
+    assert len({effect(each, profile) for each in (plan, *others)}) == 4
+    whole = [plan_of(repair=repair) for repair in ("none", "least-squares", "sequential")]
+    assert len({effect(each, profile) for each in whole}) == 1  # there is nothing to repair
+
+
+def test_layers_kept_float_are_part_of_the_effect() -> None:
+    def kept(*patterns: str, scheme: str = "int8-dynamic") -> Plan:
+        return Plan(
+            runtime="onnxruntime",
+            quantization=Quantization(scheme=scheme, keep_float=patterns),
+        )
+
+    profile = profile_of()
+    assert floats(kept("[ab]\\.fc1"), profile) == {"a.fc1", "b.fc1"}
+    assert effect(kept("[ab]\\.fc1"), profile) == effect(kept("b.fc1", "a.fc1"), profile)
+    assert effect(kept("head"), profile) != effect(kept("a.fc1"), profile)
+    assert effect(kept("head", scheme="fp32"), profile) == effect(kept(scheme="fp32"), profile)
+    assert nothing_new(kept("head"), profile, controls_of()) is None
+    everything = nothing_new(kept(".*"), profile, controls_of())
+    assert everything is not None and "Every layer would stay float" in everything
+    control_again = nothing_new(kept(), profile, controls_of())
+    assert control_again is not None
+    assert "the same as c3, what the runtime gives without a plan" in control_again
+
+
+@pytest.mark.parametrize(
+    ("again", "words"),
+    [
+        (said(("mlp:a.fc1", 0.251)), "This does the same as t1, a plan tried before"),
+        (said(), "This does the same as c3, what the runtime gives"),
+        (said(scheme="fp32"), "This does the same as c2"),
+        (said(keep_float=["head", ".*fc1"]), "Every layer would stay float"),
+    ],
+)
+def test_a_plan_of_no_new_effect_is_refused_within_the_question(again: str, words: str) -> None:
+    plan = read_answer(GOOD, profile_of(), seed=7).plan
+    assert plan is not None
+    history = [*controls_of(), tried(1, plan, 0.5, 0.1)]
+    ask, rejected = Scripted([again, said(("mlp:a\\.fc1", 0.5))]), list[str]()
+    parsed = consult(ask, question_of(history=history), rejected)
+    assert parsed.plan is not None and parsed.plan.pruning[0].ratio == 0.5
+    (reason,) = rejected
+    assert words in reason
+    assert ask.asked[-1].turns[-1].text == f"{reason} Answer again, with the whole object."
+    rejected.clear()
+    parsed = consult(Scripted([again]), question_of(history=history), rejected)
+    assert parsed.plan is None and parsed.reason == reason
+    assert rejected == [reason] * MAX_ANSWERS
 
 
 # ---- wordings -----------------------------------------------------------------------------------
@@ -746,6 +924,85 @@ def test_after_its_rounds_the_model_is_not_asked() -> None:
     assert proposed(planner, solvers).author == "llm"
 
 
+def test_rounds_are_consultations_whatever_comes_of_them() -> None:
+    provider = Scripted(["no"])
+    planner = asked_by("llm", provider, rounds=2)
+    for _ in range(2):
+        assert proposed(planner).author == "solver"
+    assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+    assert len(provider.asked) == 2 * MAX_ANSWERS
+    assert actions(planner.take_guards()) == (["rejected"] * MAX_ANSWERS + ["fallback"]) * 2
+    provider = Scripted([lost()])
+    planner = asked_by("llm", provider, rounds=1)
+    assert proposed(planner).author == "solver"
+    assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+    assert len(provider.asked) == 1
+
+
+def test_what_was_rejected_before_the_model_went_is_kept() -> None:
+    planner = advised("llm", ["no", said(scheme="int4"), lost()])
+    assert proposed(planner).author == "solver"
+    guards = planner.take_guards()
+    assert actions(guards) == ["rejected"] * 3 + ["fallback"]
+    assert "not JSON" in guards[0].reason and "int4" in guards[1].reason
+    assert guards[2].reason == "no answer: Nobody is there."
+
+
+@pytest.mark.parametrize("name", ["llm", "hybrid", "paper"])
+def test_a_model_that_is_gone_has_nothing_left(name: str) -> None:
+    provider = Scripted([FinalFault("The key is wrong.")])
+    planner = asked_by(name, provider)
+    found = planner.propose(profile_of(), controls_of(), BUDGET, 0)
+    assert (found is None) == (name == "paper")
+    guards = planner.take_guards()
+    assert guards[0].reason == "no answer: The key is wrong."
+    assert actions(guards[1:]) == ([] if name == "paper" else ["fallback"])
+    assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+    assert planner.take_guards() == ()
+    assert len(provider.asked) == 1
+
+
+def test_a_model_may_take_no_longer_than_it_is_allowed() -> None:
+    provider = Scripted([GOOD])
+    planner = asked_by("llm", provider)
+    planner.allow(0.0)
+    assert proposed(planner).author == "solver"
+    assert "no time left" in planner.take_guards()[0].reason
+    assert provider.asked == []
+    planner = asked_by("llm", provider)
+    planner.allow(60.0)
+    assert proposed(planner).author == "llm"
+
+
+@pytest.mark.parametrize("name", ["llm", "hybrid"])
+def test_a_model_chooses_among_what_is_worth_trying(name: str) -> None:
+    """Not a float scheme that is over the budget, and no runtime that was not measured."""
+    history = [control("c2", FP32, 0.8, 2.0), control("c3", INT8, 0.5, 0.1)]
+    provider = Scripted([
+        said(("mlp:a.fc1", 0.25), scheme="fp32"), said(("mlp:a.fc1", 0.25), runtime="torch"), GOOD
+    ])  # fmt: skip
+    planner = asked_by(name, provider)
+    proposed(planner, history)
+    properties = provider.asked[0].schema["properties"]
+    assert properties["runtime"]["enum"] == ["onnxruntime"]
+    assert properties["scheme"]["enum"] == ["int8-dynamic"]
+    first, second = [guard.reason for guard in planner.take_guards()][:2]
+    assert "no scheme 'fp32' here; choose one of int8-dynamic" in first
+    assert "no runtime 'torch' here; choose one of onnxruntime" in second
+
+
+def test_without_anything_to_choose_from_nobody_is_asked() -> None:
+    history = [make_trial("c1", plan=plan_of(), is_control=True, status="failed", reason="no")]
+    for name in ("llm", "hybrid", "paper"):
+        provider = Scripted([GOOD])
+        planner = asked_by(name, provider)
+        profile = profile_of(runtimes=profile_of().runtimes[1:])  # and no eager mode, for the paper
+        assert planner.propose(profile, history, BUDGET, 0) is None
+        (guard,) = planner.take_guards()
+        assert "nothing to choose from" in guard.reason
+        assert provider.asked == []
+
+
 def test_done_is_nothing_left() -> None:
     for name in ("llm", "hybrid", "paper"):
         planner = advised(name, [said(done=True)])
@@ -779,10 +1036,10 @@ def test_when_the_model_is_gone_for_good_it_is_not_asked_again() -> None:
     assert second.author == "solver"
     guards = planner.take_guards()
     assert actions(guards) == ["rejected", "fallback"]
-    assert "1 requests" in guards[0].reason and "1 requests" in guards[1].reason
-    third = proposed(planner, history)
-    assert third.author == "solver"
-    assert actions(planner.take_guards()) == ["fallback"]
+    assert "1 requests" in guards[0].reason
+    for _ in range(2):  # the run goes on with the planner behind it
+        assert planner.propose(profile_of(), history, BUDGET, 0) is None
+        assert planner.take_guards() == ()
     assert len(provider.asked) == 1
 
 
@@ -834,6 +1091,37 @@ def test_shrinking_ends_just_within_the_target() -> None:
     assert shrunk_to(plan_of(("mlp:a.fc1", 0.5), pair=INT8), profile, 0.001) is None
 
 
+def test_a_plan_that_no_ratio_brings_into_the_region_is_refused() -> None:
+    """Its int8 alone is too much; one that prunes nothing may still keep other layers float."""
+    profile = profile_of()
+    history = [*controls_of(), collapsed(1, plan_of(pair=INT8))]
+    history[2] = control("c3", INT8, 0.5, 3.0)
+    trusted, why = within_trust(plan_of(("mlp:.*", 0.5), pair=INT8), profile, history, BUDGET)
+    assert trusted is None
+    assert "was too much, and smaller ratios would not mend it" in why
+    bare = plan_of(pair=INT8)
+    assert within_trust(bare, profile, history, BUDGET) == (bare, "")
+    planner = advised("llm", [said(("mlp:.*", 0.5))])
+    assert proposed(planner, history).author == "solver"
+    guards = planner.take_guards()
+    assert actions(guards) == ["rejected", "fallback"]
+    assert "would not mend it" in guards[0].reason
+
+
+def test_shrinking_still_spares_what_was_spared() -> None:
+    profile = profile_of()
+    ids = [group.id for group in profile.groups]
+    whole = plan_of(("mlp:a.fc1", 0.0), ("mlp:.*", 0.5))
+    smaller = shrunk_to(whole, profile, 0.005)
+    assert smaller is not None
+    assert [line.match for line in smaller.pruning] == ["mlp:a.fc1", "mlp:.*"]
+    assert assign(smaller, ids)["mlp:a.fc1"].ratio == 0.0
+    tiny = plan_of(("mlp:a.fc1", 0.001), ("mlp:.*", 0.5))  # ends at nothing, and is kept as that
+    smaller = shrunk_to(tiny, profile, 0.005)
+    assert smaller is not None and smaller.pruning[0].ratio == 0.0
+    assert check_plan(smaller, profile) is None
+
+
 def test_shrinking_to_no_unit_is_no_plan() -> None:
     """A quarter of four heads is the least that can go."""
     assert shrunk_to(plan_of(("heads:.*", 0.5)), only_heads(), 0.003) is None
@@ -864,7 +1152,11 @@ def test_hybrid_completes_a_plan_that_leaves_room() -> None:
     assert found.plan.pruning[0].ratio == 0.4
     assert {line.match for line in found.plan.pruning[1:]} == {"heads:a\\.qkv", "mlp:b\\.fc1"}
     assert found.kl is not None and 0.0044 < found.kl <= 0.01
-    assert planner.take_guards() == ()
+    (guard,) = planner.take_guards()
+    assert guard.action == "rewritten"
+    assert re.search(
+        r"from 0\.0044 to 0\.009\d* nats: 1 pruning lines before, 3 after$", guard.reason
+    )
 
 
 def test_hybrid_shrinks_a_plan_that_is_too_bold() -> None:
@@ -886,10 +1178,9 @@ def test_hybrid_takes_the_better_estimate() -> None:
     poor = advised("hybrid", [said(("heads:a\\.qkv", 0.25), runtime="torch", scheme="fp32")])
     found = proposed(poor)
     assert (found.author, found.plan) == ("solver", own.plan)
-    (guard,) = poor.take_guards()
-    assert guard == Guard(
-        action="rewritten", author="llm", reason="the solver's own plan is better by estimate"
-    )
+    guards = poor.take_guards()
+    assert actions(guards) == ["rewritten", "fallback"]
+    assert guards[-1].reason == "the solver's own plan is no worse by estimate"
     ratios = [("heads:a\\.qkv", 0.5), ("mlp:b\\.fc1", 0.6), ("mlp:a\\.fc1", 0.6)]
     for ratio in ratios:
         found = proposed(advised("hybrid", [said(ratio)]))
@@ -897,30 +1188,54 @@ def test_hybrid_takes_the_better_estimate() -> None:
         assert found.relative_latency <= own.relative_latency + 1e-9
 
 
-def test_hybrid_keeps_a_plan_that_is_as_good_as_the_solvers_own() -> None:
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_tie_is_the_solvers(is_same: bool) -> None:
+    """Its own plan, or one that is as good by estimate: nothing was gained by the model."""
     own = Solver().propose(profile_of(), controls_of(), BUDGET, 0)
     assert own is not None
     lines = [(line.match, line.ratio) for line in own.plan.pruning]
     text = said(
-        *lines,
+        *(lines if is_same else reversed(lines)),
         runtime=own.plan.runtime,
         scheme=own.plan.quantization.scheme,
         keep_float=list(own.plan.quantization.keep_float),
-        repair=own.plan.repair,
     )
     planner = advised("hybrid", [text])
     found = proposed(planner)
-    assert found.author in ("llm", "llm+solver")
-    assert found.kl is not None and own.kl is not None
-    assert found.relative_latency is not None and own.relative_latency is not None
-    assert found.relative_latency <= own.relative_latency + 1e-9
+    assert (found.author, found.plan) == ("solver", own.plan)
+    assert actions(planner.take_guards()) == ["fallback"]
+
+
+def test_hybrid_does_not_complete_what_is_to_be_rescued() -> None:
+    """While int8 is over the budget with nothing pruned, the solver adds no pruning."""
+    history = [control("c3", INT8, 0.5, 0.6)]
+    planner = advised("hybrid", [said(keep_float=["b\\.fc1"])])
+    found = proposed(planner, history)
+    assert found.plan.pruning == ()
+    assert "rewritten" not in actions(planner.take_guards())
+
+
+def test_hybrid_repairs_as_suits_all_that_is_cut() -> None:
+    levels = [(0.25, 0.2, 0.002), (0.5, 0.4, 0.006)]
+    mlp = group_of("mlp:a.fc1", 64, levels)
+    three = tuple(group_of(f"channels:c{i}", 64, levels) for i in range(3))
+    whole = [control("c2", FP32, 0.8, 0.0)]
+    text = said(("mlp:a\\.fc1", 0.3), scheme="fp32")
+    found = proposed(advised("hybrid", [text]), whole, profile_of(groups=(mlp, *three)))
+    assert (found.author, found.plan.repair) == ("llm+solver", "sequential")
+    no_gain = [(ratio, 0.0, kl) for ratio, _, kl in levels]
+    some = (*(group_of(f"channels:c{i}", 64, no_gain) for i in range(2)), three[2])
+    text = said(("mlp:a\\.fc1", 0.3), ("channels:c[01]", 0.0), scheme="fp32")
+    found = proposed(advised("hybrid", [text]), whole, profile_of(groups=(mlp, *some)))
+    assert (found.author, found.plan.repair) == ("llm+solver", "least-squares")
+    assert [line.ratio for line in found.plan.pruning[:2]] == [0.3, 0.0]
 
 
 # ---- the paper's own way ------------------------------------------------------------------------
 
 
 def test_the_paper_prunes_by_magnitude_in_eager_int8() -> None:
-    text = said(("mlp:a\\.fc1", 0.5), runtime="torch", importance="obs", repair="sequential")
+    text = said(("mlp:a\\.fc1", 0.5), runtime="torch")
     provider = Scripted([text])
     planner = asked_by("paper", provider)
     found = proposed(planner)
@@ -928,7 +1243,11 @@ def test_the_paper_prunes_by_magnitude_in_eager_int8() -> None:
     assert (found.plan.runtime, found.plan.quantization.scheme) == ("torch", "int8-dynamic")
     assert found.plan.repair == "none"
     assert {line.importance for line in found.plan.pruning} == {"magnitude"}
-    assert "importance" not in provider.asked[0].schema["properties"]
+    assert provider.asked[0].schema["properties"]["runtime"]["enum"] == ["torch"]
+    again = asked_by("paper", Scripted([text[:-1] + ', "importance": "obs"}']))
+    assert again.propose(profile_of(), controls_of(), BUDGET, 0) is None
+    (guard,) = again.take_guards()
+    assert "unknown field 'importance'" in guard.reason and guard.author == "paper"
 
 
 @pytest.mark.parametrize(

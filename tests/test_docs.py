@@ -52,8 +52,8 @@ REQUEST = (
 COMMANDS = {
     "optimize": f"MODEL {REQUEST} --max-drop --time-budget --out --objective "
     "--batch-size --threads --planner --llm --llm-base-url --llm-tools --no-llm-tools "
-    "--llm-prompt --rounds --max-llm-requests --max-llm-tokens --max-llm-cost --recipe --runtime "
-    "--evidence --max-trials --seed --restart "
+    "--llm-prompt --rounds --max-llm-requests --max-llm-tokens --max-llm-answer --max-llm-cost "
+    "--recipe --runtime --evidence --max-trials --seed --restart "
     "--no-restart --json",
     "profile": f"MODEL {REQUEST} --out --batch-size --threads --time-budget --seed --json",
     "plan": "PROFILE --out --run --planner --max-drop --objective --batch-size --threads --seed "

@@ -21,6 +21,7 @@ from profiling_agent.planning.advised import AdvisedName, AdvisedPlanner
 from profiling_agent.planning.agents.answer import Parsed, read_answer
 from profiling_agent.planning.agents.consult import Question, consult
 from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.effects import nothing_new
 from profiling_agent.records.llm import LlmSettings
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import FrozenGroup, Profile
@@ -116,6 +117,7 @@ BROKEN_PATTERNS = (
     "a{99999999999}", "a{,999999999999999999999}", "a**", "a*+*", "(?z)a", "(?<a", "(?<=a", "(?#",
     "(?:a){e<=}", "(?:a){e<=30", "(?|", "[z-a]", "[[:nope:]]", "(?(1)a|b|c)", "(?(x)a)", "\x00[",
     "(" * 200, "[" * 200, "(?:" * 60, "a|" * 90 + "(", "(?V1)[a--", "(?<!", "(?>", "[^", "\ufffe(",
+    "(?u)(?L).*", "(?a)(?u)a", "(?L)(?u)a", "(?V0)(?V1)a",
 )  # fmt: skip
 HARMLESS_PATTERNS = (
     "(?:a){e<=30}", "a*+", "(?>a*)b", r"(?<=a)b", r"(?<!.*)x", r"\p{L}+", r"(?V1)[a-z--[aeiou]]",
@@ -524,6 +526,10 @@ def test_a_pattern_has_its_time_for_all_names_together() -> None:
         (with_line(ratio=True), "'prune.0.ratio'"),
         (changed(seed=3), "unknown field 'seed'"),
         (with_line(match="("), "is not a regular expression: missing )"),
+        (with_line(match="(?u)(?L).*"), "is not a regular expression"),
+        (changed(keep_float=["(?u)(?L).*"]), "is not a regular expression"),
+        (changed(importance="obs"), "unknown field 'importance'"),
+        (changed(repair="none"), "unknown field 'repair'"),
         (TRIED_TEXT, "was tried before; change a ratio, the scheme or the runtime"),
         ("x" * 100_001, "has 100,001 characters; at most 100,000"),
     ],
@@ -556,15 +562,15 @@ def test_a_question_ends_whatever_is_answered() -> None:
     question = Question(profile=PROFILE, history=controls_of(), budget=BUDGET, seed=0)
     given_up = 0
     for seed in range(100):
-        ask = Scripted(hostile_steps(random.Random(seed), 20))
-        found = consult(ask, question)
-        demand_sound_or_untried(found.parsed)
-        assert len(found.rejected) <= question.max_answers
-        assert bool(found.parsed.reason) == (len(found.rejected) == question.max_answers)
+        ask, rejected = Scripted(hostile_steps(random.Random(seed), 20)), list[str]()
+        parsed = consult(ask, question, rejected)
+        demand_sound_or_untried(parsed)
+        assert len(rejected) <= question.max_answers
+        assert bool(parsed.reason) == (len(rejected) == question.max_answers)
         sent = [turn.text for turn in ask.asked[-1].turns if turn.role == "user"][1:]
-        told = found.rejected[: len(sent)]
+        told = rejected[: len(sent)]
         assert sent == [f"{reason} Answer again, with the whole object." for reason in told]
-        given_up += bool(found.parsed.reason)
+        given_up += bool(parsed.reason)
     assert 10 < given_up < 90
 
 
@@ -594,9 +600,10 @@ def test_a_planner_proposes_only_what_can_be_done(
         reason = check_plan(proposal.plan, PROFILE, {trial.plan.plan_id for trial in history})
         assert reason is None, (reason, proposal)
         assert proposal.author in ("llm", "llm+solver", "solver")
-        if name == "llm":
-            is_fallback = any(guard.action == "fallback" for guard in guards)
-            assert is_fallback == (proposal.author == "solver")
+        is_fallback = any(guard.action == "fallback" for guard in guards)
+        assert is_fallback == (proposal.author == "solver")
+        if not is_fallback:
+            assert nothing_new(proposal.plan, PROFILE, history) is None
         trial = respond(world, number, proposal.plan, PROFILE)
         history.append(trial.model_copy(update={"author": proposal.author}))
     assert len(history) > len(controls_of())

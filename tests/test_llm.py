@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from local_llm import has_local_llm, local_llm
 from profiling_agent.errors import (
@@ -39,7 +40,9 @@ from profiling_agent.llm.conversation import (
 from profiling_agent.llm.provider import open_provider
 from profiling_agent.llm.replay import Replay
 from profiling_agent.llm.transcript import Transcript, redact
-from profiling_agent.records.llm import Exchange, LlmLimits, LlmSettings, ToolUse
+from profiling_agent.planning.advised import AdvisedPlanner
+from profiling_agent.planning.planner import find_planner
+from profiling_agent.records.llm import Exchange, LlmLimits, LlmSettings, LlmUsage, ToolUse
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("pydantic_ai"), reason="the extra llm is not installed"
@@ -248,6 +251,7 @@ def test_a_good_answer_and_what_was_sent(tmp_path: Path) -> None:
     assert reply.cost_usd is None and "price" in reply.no_cost
     (sent,) = script.sent
     assert sent["model"] == "tiny"
+    assert sent.get("max_completion_tokens", sent.get("max_tokens")) == 8000
     assert [m["content"] for m in sent["messages"]] == ["You plan.", "Which plan?"]
     assert sent["response_format"]["json_schema"]["schema"]["required"] == ["plan"]
     assert sent["tools"][0]["function"]["name"] == "look_up"
@@ -469,9 +473,18 @@ def test_base_urls_that_are_none(url: str) -> None:
         open_provider(LlmSettings(model="tiny", base_url=url))
 
 
-def test_a_password_in_the_base_url_is_not_shown() -> None:
-    provider = open_provider(LlmSettings(model="a:b", base_url="http://me:pass1@localhost:1/v1"))
-    assert provider.name == "a:b at http://[secret]@localhost:1/v1"
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:pass1@localhost:1/v1",
+        "http://me@localhost:1/v1",
+        "http://:pass1@localhost:1/v1",
+        "https://host/v1?api_key=pass1",
+    ],
+)
+def test_a_secret_in_the_base_url_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="give the key in the environment"):
+        LlmSettings(model="a:b", base_url=url)
 
 
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +559,51 @@ def test_the_timeout_is_what_is_left() -> None:
     client.ask(question())
     client.ask(question())
     assert fake.timeouts == [60, 20]
+
+
+def test_what_is_allowed_bounds_the_waiting_from_then_on() -> None:
+    client, clock, fake = make_client(
+        4.0, make_reply("a"), make_reply("b"), PASSING, make_reply("c"), request_timeout_s=60
+    )
+    client.allow(10.0)
+    client.ask(question("1"))
+    client.ask(question("2"))
+    assert fake.timeouts == [10, 6]
+    clock.seconds += 5.7
+    with pytest.raises(LlmUnavailable, match=r"waiting, and 0\.3 of") as caught:
+        client.ask(question("3"))  # half a second of waiting would be too long
+    assert not caught.value.is_final and clock.waits == []  # more may be allowed later
+    clock.seconds += 1.0
+    with pytest.raises(LlmUnavailable, match="no time left to wait for it") as caught:
+        client.ask(question("4"))
+    assert not caught.value.is_final
+    client.allow(100.0)
+    assert client.ask(question("4")).text == "c"
+    assert fake.timeouts[-1] == 60
+
+
+def test_what_is_allowed_lifts_no_limit(tmp_path: Path) -> None:
+    path = tmp_path / "llm.jsonl"
+    client, _, fake = make_client(
+        4.0, make_reply("a"), make_reply(), max_seconds=5, transcript=Transcript(path)
+    )
+    client.allow(1e6)
+    client.ask(question("1"))
+    client.ask(question("2"))
+    assert fake.timeouts == [5, 1]
+    resumed, _, fake = make_client(transcript=Transcript(path))
+    resumed.allow(0.0)
+    assert resumed.ask(question("1")).text == "a"  # recorded answers take no time
+    with pytest.raises(LlmUnavailable, match="no time left"):
+        resumed.ask(question("3"))
+    assert fake.timeouts == []
+
+
+def test_usage_tells_who_answered() -> None:
+    client, _, _ = make_client(make_reply())
+    assert client.usage == LlmUsage(model="fake")
+    client.ask(question())
+    assert client.usage.model == "fake" and client.usage.requests == 1
 
 
 def test_backoff_doubles_to_20_s_and_longer_if_asked() -> None:
@@ -740,6 +798,49 @@ def test_a_replay_that_cannot_be_used(content: str, words: str, tmp_path: Path) 
         replay(path)
     with pytest.raises(BudgetError, match="Can't read"):
         replay(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(("count", "rest"), [(0, "abc"), (1, "bc"), (2, "c"), (3, ""), (9, "")])
+def test_answers_that_were_given_are_passed_over(count: int, rest: str, tmp_path: Path) -> None:
+    path = tmp_path / "by_hand.jsonl"
+    path.write_text("".join(f'{{"answer": "{text}"}}\n' for text in "abc"))
+    provider = Replay(path)
+    assert provider.path == path
+    provider.skip(count)
+    assert "".join(provider.request(question(), 1).text for _ in rest) == rest
+    with pytest.raises(ProviderFault, match="used up"):
+        provider.request(question(), 1)
+
+
+def test_a_continued_run_replays_from_where_it_was(tmp_path: Path) -> None:
+    """What an earlier process was given is in the run's own transcript, failures apart."""
+    by_hand, kept = tmp_path / "by_hand.jsonl", tmp_path / "run" / "transcript.jsonl"
+    kept.parent.mkdir()
+    by_hand.write_text("".join(f'{{"answer": "{text}"}}\n' for text in "abc"))
+    settings = LlmSettings(model=f"replay:{by_hand}")
+    first = Client(open_provider(settings), LlmLimits(), Transcript(kept))
+    assert first.ask(question("1")).text == "a"
+    failing, _, _ = make_client(PASSING, transcript=Transcript(kept), max_retries=0)
+    with pytest.raises(LlmUnavailable):
+        failing.ask(question("2"))
+    planner = find_planner("llm", settings, kept)
+    assert isinstance(planner, AdvisedPlanner)
+    assert planner.usage.requests == 2
+    client = planner._client  # pyright: ignore[reportPrivateUsage]
+    assert client.ask(question("1")).text == "a"
+    assert client.ask(question("2")).text == "b"
+    assert client.ask(question("3")).text == "c"
+
+
+def test_a_run_does_not_replay_its_own_transcript(tmp_path: Path) -> None:
+    kept = tmp_path / "transcript.jsonl"
+    kept.write_text('{"answer": "a"}\n')
+    for path in (kept, tmp_path / "." / "x" / ".." / "transcript.jsonl"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(BudgetError, match="belongs to the run itself; copy it elsewhere"):
+            find_planner("llm", LlmSettings(model=f"replay:{path}"), kept)
+    assert find_planner("llm", LlmSettings(model=f"replay:{kept}"), tmp_path / "other.jsonl")
+    assert find_planner("llm", LlmSettings(model=f"replay:{kept}"))
 
 
 def test_an_exchange_survives_its_line() -> None:

@@ -105,6 +105,8 @@ def optimize(
         )
     except ValidationError as error:
         raise _unusable(error) from None
+    if llm is None and llm_base_url is not None:
+        raise BudgetError("llm_base_url names an endpoint; name the model there with llm.")
     progress = open_progress(
         time_budget, mode="auto" if show_progress else "silent", unit=request.unit
     )

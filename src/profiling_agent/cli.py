@@ -260,6 +260,7 @@ def optimize(
     ] = None,
     max_llm_requests: Annotated[int, typer.Option(min=1, help="requests to it at most")] = 60,
     max_llm_tokens: Annotated[int, typer.Option(min=1, help="tokens, in and out")] = 400_000,
+    max_llm_answer: Annotated[int, typer.Option(min=50, help="tokens of one answer")] = 8000,
     max_llm_cost: Annotated[
         float | None, typer.Option(help="dollars, for models with a known price [no limit]")
     ] = None,
@@ -301,6 +302,7 @@ def optimize(
         rounds=rounds,
         max_requests=max_llm_requests,
         max_tokens=max_llm_tokens,
+        max_answer_tokens=max_llm_answer,
         max_cost_usd=max_llm_cost,
     )
     settings = _record(
@@ -320,7 +322,7 @@ def optimize(
             seed=seed,
         )
     )
-    find_planner(settings.planner, settings.llm)
+    find_planner(settings.planner, settings.llm, RunStore(out).transcript)
     check_settings(settings)
     if restart:
         RunStore(out).clear()
@@ -345,6 +347,7 @@ def _advisor(
     *,
     max_requests: int,
     max_tokens: int,
+    max_answer_tokens: int,
     max_cost_usd: float | None,
     **asked: Any,
 ) -> LlmSettings | None:
@@ -360,7 +363,10 @@ def _advisor(
             model=model,
             base_url=base_url,
             limits=LlmLimits(
-                max_requests=max_requests, max_tokens=max_tokens, max_cost_usd=max_cost_usd
+                max_requests=max_requests,
+                max_tokens=max_tokens,
+                max_answer_tokens=max_answer_tokens,
+                max_cost_usd=max_cost_usd,
             ),
             **asked,
         )

@@ -477,6 +477,7 @@ class _Run:
             progress=self.progress,
             warn=self._warn,
             trials_left=self._trials_left,
+            seconds_to_ask=self._seconds_to_ask,
         )
         for number, proposal, author in proposals.walk(profile):
             if self.left < self._reserve() + 1.3 * self._usual_trial_s():
@@ -493,7 +494,7 @@ class _Run:
                 predicted_kl=proposal.kl,
             )
             proposals.look_back(self.state.trials[-1])
-            if self._stalled():
+            if self._stalled(proposals.since or 0) and not proposals.hand_over():
                 self.progress.message(f"no better plan in {PATIENCE} trials")
                 break
 
@@ -502,8 +503,13 @@ class _Run:
         usual = self._usual_trial_s()
         return int((self.left - self._reserve()) / usual) if usual > 0 else None
 
-    def _stalled(self) -> bool:
-        ours = [trial for trial in self.state.trials if not trial.is_control]
+    def _seconds_to_ask(self) -> float:
+        """What a language model may take, so that two usual trials and the end still fit."""
+        return max(0.0, self.left - self._reserve() - 2 * self._usual_trial_s())
+
+    def _stalled(self, since: int) -> bool:
+        """Whether patience has run out, counted from the trial after so many."""
+        ours = [trial for trial in self.state.trials if not trial.is_control][since:]
         if len(ours) <= PATIENCE:
             return False
         best = feasible(self.state.trials, self.budget)

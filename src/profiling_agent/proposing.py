@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,40 +35,63 @@ class Proposals:
     progress: Progress
     warn: Callable[[str], None]
     trials_left: Callable[[], int | None]
+    seconds_to_ask: Callable[[], float]
+    since: int | None = None
+    """How many trials there were when the planner behind took over; ``None`` while it has not."""
+
+    def __post_init__(self) -> None:
+        self._earlier = Counter(self.state.guards)
 
     def walk(self, profile: Profile) -> Iterator[tuple[int, Proposal, str]]:
         """Trial number, proposal and its author, until the planner has nothing left to propose."""
-        ended = False
         while True:
-            number = sum(1 for trial in self.state.trials if not trial.is_control) + 1
+            number = self._num_ours() + 1
             if number > self.settings.budget.max_trials:
                 return
-            planner = self._whose_turn(number, ended=ended)
+            planner = self._whose_turn(number)
+            if isinstance(planner, Advised):
+                planner.allow(self.seconds_to_ask())
             proposal = planner.propose(
                 profile, tuple(self.state.trials), self.settings.budget, self.settings.seed
             )
             self._keep_guards(f"t{number}" if proposal else None)
             if proposal is None:
-                if ended or not isinstance(planner, Advised) or planner.reserve is None:
+                if not self.hand_over():
                     return
-                ended = True
                 continue
             author = proposal.author or planner.name
             reason = self._reject(proposal.plan, profile, author)
             if reason is not None:  # a pure planner would only say the same again
                 self.warn(f"The planner {planner.name!r} proposed a bad plan: {reason}")
-                return
+                if not self.hand_over():
+                    return
+                continue
             yield number, proposal, author
 
-    def _whose_turn(self, number: int, *, ended: bool) -> Planner:
+    def hand_over(self) -> bool:
+        """From a planner that has nothing left to the one behind it; whether there is one."""
+        if self._reserve is None or self.since is not None:
+            return False
+        self.since = self._num_ours()
+        return True
+
+    def _num_ours(self) -> int:
+        return sum(1 for trial in self.state.trials if not trial.is_control)
+
+    @property
+    def _reserve(self) -> Planner | None:
+        return self.planner.reserve if isinstance(self.planner, Advised) else None
+
+    def _whose_turn(self, number: int) -> Planner:
         """The planner, or who stands behind it: at the end of the run, or of its ideas."""
-        reserve = self.planner.reserve if isinstance(self.planner, Advised) else None
-        if reserve is None:
+        if self._reserve is None:
             return self.planner
-        in_time, left = self.trials_left(), self.settings.budget.max_trials - number + 1
+        in_time, budgeted = self.trials_left(), self.settings.budget.max_trials
+        left = budgeted - number + 1
         if in_time is not None:
             left = min(left, in_time)
-        return reserve if ended or left <= RESERVED else self.planner
+        reserved = left <= min(RESERVED, budgeted // 2)
+        return self._reserve if reserved or self.since is not None else self.planner
 
     def _keep_guards(self, trial_id: str | None) -> None:
         """Journal what the guards did for a proposal, and what the asking has cost so far."""
@@ -76,18 +100,22 @@ class Proposals:
         for guard in self.planner.take_guards():
             self._guard(guard.model_copy(update={"trial_id": trial_id}))
         usage = self.planner.usage
-        if usage != self.state.llm:
+        if usage.requests and usage != self.state.llm:
             self.state.llm = usage
             self.store.journal.append("llm", usage)
 
     def _guard(self, guard: Guard) -> None:
+        """Journal it, unless an earlier process did: a continued run may get an answer again."""
+        if self._earlier[guard]:
+            self._earlier[guard] -= 1
+            return
         self.state.guards.append(guard)
         self.store.journal.append("guard", guard)
         self.progress.message(f"{guard.action}: {guard.reason}")
 
     def look_back(self, trial: Trial) -> None:
         """Say from where the search goes on after a model's plan that lost too much."""
-        if not isinstance(self.planner, Advised) or trial.author == "solver":
+        if self._reserve is None or trial.author == "solver":
             return
         if trial.status == "failed" or is_feasible(trial, self.settings.budget):
             return

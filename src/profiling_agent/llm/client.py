@@ -48,11 +48,16 @@ class Client:
         self._now, self._sleep = now, sleep
         self._exchanges: list[Exchange] = list(transcript.earlier) if transcript else []
         self._known_turns: dict[str, tuple[Turn, ...]] = {}
+        self._ends: float | None = None
+
+    def allow(self, seconds: float) -> None:
+        """Wait no longer than so many seconds from now, whatever the limits still grant."""
+        self._ends = self._now() + seconds
 
     @property
     def usage(self) -> LlmUsage:
         """What the run has spent, its earlier processes included."""
-        return _total(self._exchanges)
+        return _total(self._exchanges).model_copy(update={"model": self.provider.name})
 
     def ask(self, conversation: Conversation) -> Reply:
         """The model's answer, or the recorded one of an earlier process.
@@ -102,7 +107,7 @@ class Client:
             raise LlmUnavailable(
                 f"{sentence} Asking again means {wait_s:.1f} s of waiting, and {max(left, 0):.1f} "
                 f"of the {self._limits.max_seconds:g} s for the language model are left.",
-                is_final=True,
+                is_final=wait_s >= self._granted(self._now() - attempts.started),
             ) from None
         self._sleep(wait_s)
 
@@ -117,8 +122,10 @@ class Client:
             reached = f"{limits.max_tokens:,} tokens"
         elif limits.max_cost_usd is not None and cost >= limits.max_cost_usd:
             reached = f"{limits.max_cost_usd:g} USD"
-        elif left <= 0:
+        elif self._granted(seconds) <= 0:
             reached = f"{limits.max_seconds:g} s of waiting"
+        elif left <= 0:
+            raise LlmUnavailable("The run has no time left to wait for it.", is_final=False)
         else:
             return left
         raise LlmUnavailable(
@@ -126,6 +133,11 @@ class Client:
         )
 
     def _seconds_left(self, seconds: float) -> float:
+        left = self._granted(seconds)
+        return left if self._ends is None else min(left, self._ends - self._now())
+
+    def _granted(self, seconds: float) -> float:
+        """What the limit for all questions leaves, whatever was allowed for this one."""
         return self._limits.max_seconds - self.usage.seconds - seconds
 
     def _checked(self, conversation: Conversation, reply: Reply, attempts: _Attempts) -> Reply:

@@ -39,7 +39,9 @@ def open_provider(settings: LlmSettings) -> Provider:
         source = _endpoint(settings.model, settings.base_url)
     else:
         source = _service(settings.model)
-    return ModelProvider(source, use_tools=settings.use_tools)
+    return ModelProvider(
+        source, use_tools=settings.use_tools, max_tokens=settings.limits.max_answer_tokens
+    )
 
 
 def _endpoint(model: str, base_url: str) -> Source:

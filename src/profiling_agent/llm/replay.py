@@ -44,6 +44,14 @@ class Replay:
     def offers_tools(self) -> bool:
         return any(reply.calls for reply in self._replies)
 
+    def skip(self, count: int) -> None:
+        """Pass over so many answers: an earlier process of the run has had them."""
+        self._given = min(count, len(self._replies))
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
     def request(self, conversation: Conversation, timeout_s: float) -> Reply:
         """The next answer; a final ``ProviderFault`` when all were given."""
         if self._given == len(self._replies):

@@ -60,8 +60,9 @@ class Source:
 class ModelProvider:
     """A model behind pydantic_ai. What it refuses once, JSON schemas or tools, is left out then."""
 
-    def __init__(self, source: Source, *, use_tools: bool) -> None:
+    def __init__(self, source: Source, *, use_tools: bool, max_tokens: int) -> None:
         profile = source.build().profile
+        self._max_tokens = max_tokens
         self._source = source
         self._sends_schema = source.sends_schema or (
             source.sends_schema is None and bool(profile.get("supports_json_schema_output"))
@@ -97,7 +98,7 @@ class ModelProvider:
                 return await model_request(
                     model,
                     _messages(conversation, self._instructions(conversation)),
-                    model_settings=_model_settings(model),
+                    model_settings=_model_settings(model, self._max_tokens),
                     model_request_parameters=self._parameters(conversation),
                 )
         except asyncio.CancelledError:
@@ -263,11 +264,11 @@ def _as_fault(source: Source, error: Exception) -> ProviderFault | _Refused:
     return ProviderFault(f"{name} can't be asked: {words}.", is_passing=False)
 
 
-def _model_settings(model: Model) -> ModelSettings:
+def _model_settings(model: Model, max_tokens: int) -> ModelSettings:
     """The library's own retries off, for the models that can: we count and wait ourselves."""
     if "max_retries" in getattr(model, "unsupported_settings", ()):
-        return {}
-    return {"max_retries": 0}
+        return {"max_tokens": max_tokens}
+    return {"max_retries": 0, "max_tokens": max_tokens}
 
 
 def _first_words(error: BaseException) -> str:

@@ -17,19 +17,19 @@ from dataclasses import replace
 
 from profiling_agent.errors import LlmUnavailable
 from profiling_agent.llm.client import Client
-from profiling_agent.planning.agents.answer import ANYTHING, Limits
+from profiling_agent.planning.agents.answer import ANYTHING, Limits, Parsed
 from profiling_agent.planning.agents.consult import (
     MAX_ANSWERS,
-    Consulted,
     Question,
     consult,
     instructions,
 )
-from profiling_agent.planning.allowance import next_allowance
-from profiling_agent.planning.estimate import predict_kl
+from profiling_agent.planning.allowance import needs_rescue, next_allowance
+from profiling_agent.planning.effects import nothing_new
+from profiling_agent.planning.estimate import predict_kl, worth_trying
 from profiling_agent.planning.history import Pair
 from profiling_agent.planning.planner import AdvisedName, Planner, Proposal
-from profiling_agent.planning.solver import Solver, estimate, promise, solve
+from profiling_agent.planning.solver import Solver, estimate, promise, repair_for, solve
 from profiling_agent.planning.trust import shrunk_to, within_trust
 from profiling_agent.records.common import Budget
 from profiling_agent.records.llm import Guard, GuardAction, LlmSettings, LlmUsage
@@ -53,7 +53,8 @@ class AdvisedPlanner:
         self._client, self._settings = client, settings
         self._solver = Solver()
         self._guards: list[Guard] = []
-        self._gone = ""
+        self._gone = False
+        self._num_asked = 0
 
     @property
     def reserve(self) -> Planner | None:
@@ -63,6 +64,9 @@ class AdvisedPlanner:
     def usage(self) -> LlmUsage:
         return self._client.usage
 
+    def allow(self, seconds: float) -> None:
+        self._client.allow(seconds)
+
     def take_guards(self) -> tuple[Guard, ...]:
         taken = tuple(self._guards)
         self._guards.clear()
@@ -71,54 +75,64 @@ class AdvisedPlanner:
     def propose(
         self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
     ) -> Proposal | None:
-        """``None``: the model says that it is done, its rounds are used up, or the paper's way
-        ended."""
+        """``None``: the model says that it is done or can't be asked any more, its rounds are used
+        up, or the paper's way ended."""
         asked = sum(trial.author in (MODEL, TOGETHER, "paper") for trial in history)
-        if self._settings.rounds is not None and asked >= self._settings.rounds:
+        rounds = self._settings.rounds
+        if self._gone or (rounds is not None and max(asked, self._num_asked) >= rounds):
             return None
-        consulted = self._consult(profile, history, budget, seed)
-        if consulted is None or (consulted.parsed.plan is None and not consulted.parsed.done):
+        pairs = _open_to(self.name, profile, history, budget)
+        if not pairs:
+            self._note("rejected", "nothing to choose from: no runtime and scheme was measured")
             return self._fallback(profile, history, budget, seed)
-        plan = consulted.parsed.plan
+        parsed = self._consult(profile, history, budget, seed, pairs)
+        if parsed is None or parsed.reason:
+            return self._fallback(profile, history, budget, seed)
+        plan = parsed.plan
         if plan is None:
             return None
         if self.name == "paper":
-            return self._described(estimate(plan, profile, history), "paper")
+            return replace(estimate(plan, profile, history), author="paper")
         if self.name == "hybrid":
             return self._hybrid(plan, profile, history, budget, seed)
         plan = self._trusted(plan, profile, history, budget)
         if plan is None:
             return self._fallback(profile, history, budget, seed)
-        return self._described(estimate(plan, profile, history), MODEL)
+        return replace(estimate(plan, profile, history), author=MODEL)
 
     def _consult(
-        self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
-    ) -> Consulted | None:
-        """The model's plan; ``None`` when it can't be asked, with the reason among the guards."""
-        if self._gone:
-            return None
+        self,
+        profile: Profile,
+        history: Sequence[Trial],
+        budget: Budget,
+        seed: int,
+        pairs: tuple[tuple[str, str], ...],
+    ) -> Parsed | None:
+        """The model's plan; ``None`` when it gives no answer, with the reason among the guards."""
+        self._num_asked += 1
+        rejected: list[str] = []
         question = Question(
             profile=profile,
             history=history,
             budget=budget,
             seed=seed,
             wording=self._settings.prompt,
-            limits=PAPER if self.name == "paper" else ANYTHING,
+            limits=replace(PAPER if self.name == "paper" else ANYTHING, pairs=pairs),
             use_tools=self._settings.use_tools and self._client.provider.offers_tools,
             with_solver_tool=self.name != "paper",
             max_answers=1 if self.name == "paper" else MAX_ANSWERS,
         )
         try:
-            consulted = consult(self._client.ask, question)
+            parsed = consult(self._client.ask, question, rejected)
         except LlmUnavailable as error:
-            self._gone = str(error) if error.is_final else ""
-            self._note("rejected", MODEL, f"no answer: {error}")
-            return None
-        for reason in consulted.rejected:
-            self._note("rejected", MODEL, reason)
-        for change in consulted.parsed.changed:
-            self._note("rewritten", MODEL, change)
-        return consulted
+            self._gone = error.is_final
+            rejected.append(f"no answer: {error}")
+            parsed = None
+        for reason in rejected:
+            self._note("rejected", reason)
+        for change in parsed.changed if parsed else ():
+            self._note("rewritten", change)
+        return parsed
 
     def _trusted(
         self, plan: Plan, profile: Profile, history: Sequence[Trial], budget: Budget
@@ -126,11 +140,12 @@ class AdvisedPlanner:
         """The plan within the trust region; ``None`` when that was tried before, or can't be."""
         trusted, change = within_trust(plan, profile, history, budget)
         if change:
-            self._note("rejected" if trusted is None else "rewritten", MODEL, change)
+            self._note("rejected" if trusted is None else "rewritten", change)
         if trusted is None:
             return None
-        if trusted.plan_id in {trial.plan.plan_id for trial in history}:
-            self._note("rejected", MODEL, "with smaller ratios it is a plan that was tried before")
+        same = nothing_new(trusted, profile, history)
+        if same is not None:
+            self._note("rejected", f"as the guards have changed it: {same}")
             return None
         return trusted
 
@@ -142,37 +157,48 @@ class AdvisedPlanner:
         proposal = self._solver.propose(profile, history, budget, seed)
         if proposal is None:
             return None
-        self._note("fallback", MODEL, f"the solver's plan instead{self._why_gone()}")
+        self._note("fallback", "the solver's plan instead, since none of the model's passed")
         return replace(proposal, author="solver")
-
-    def _why_gone(self) -> str:
-        return f" ({self._gone})" if self._gone else ""
 
     def _hybrid(
         self, plan: Plan, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
     ) -> Proposal | None:
         """The better estimate of the solver's own plan and the model's, mended and completed."""
-        own = self._solver.propose(profile, history, budget, seed)
-        trusted = self._trusted(
-            _completed(plan, profile, history, budget), profile, history, budget
-        )
+        completed = _completed(plan, profile, history, budget)
+        if completed != plan:
+            kl, before = predict_kl(profile, completed), predict_kl(profile, plan)
+            self._note(
+                "rewritten",
+                f"the solver took its predicted divergence from {before:.3g} to {kl:.3g} nats: "
+                f"{len(plan.pruning)} pruning lines before, {len(completed.pruning)} after",
+            )
+        trusted = self._trusted(completed, profile, history, budget)
         if trusted is None:
-            return replace(own, author="solver") if own else None
+            return self._fallback(profile, history, budget, seed)
         theirs = estimate(trusted, profile, history)
+        own = self._solver.propose(profile, history, budget, seed)
         if own is not None:
-            values = [
+            ours, value = (
                 promise(each, _pair(each.plan), profile, history, budget) for each in (own, theirs)
-            ]
-            if values[0] < values[1]:
-                self._note("rewritten", MODEL, "the solver's own plan is better by estimate")
+            )
+            if ours <= value:
+                self._note("fallback", "the solver's own plan is no worse by estimate")
                 return replace(own, author="solver")
-        return self._described(theirs, MODEL if trusted == plan else TOGETHER)
+        return replace(theirs, author=MODEL if trusted == plan else TOGETHER)
 
-    def _described(self, proposal: Proposal, author: str) -> Proposal:
-        return replace(proposal, author=author)
-
-    def _note(self, action: GuardAction, author: str, reason: str) -> None:
+    def _note(self, action: GuardAction, reason: str) -> None:
+        author = "paper" if self.name == "paper" else MODEL
         self._guards.append(Guard(action=action, author=author, reason=reason))
+
+
+def _open_to(
+    name: str, profile: Profile, history: Sequence[Trial], budget: Budget
+) -> tuple[tuple[str, str], ...]:
+    """Runtimes and schemes that a plan may have: those worth trying, of the paper its one."""
+    if name == "paper":
+        offered = {(each.runtime, scheme) for each in profile.runtimes for scheme in each.schemes}
+        return tuple(pair for pair in PAPER.pairs or () if pair in offered)
+    return tuple((each.runtime, each.scheme) for each in worth_trying(profile, history, budget))
 
 
 def _pair(plan: Plan) -> Pair:
@@ -184,11 +210,12 @@ def _completed(plan: Plan, profile: Profile, history: Sequence[Trial], budget: B
     the rest spent by the solver on the groups that the plan leaves alone."""
     pair = _pair(plan)
     allowance, _ = next_allowance(profile, history, budget, pair)
-    if allowance is None:
+    if allowance is None or needs_rescue(pair, history, budget):
         return plan
     if predict_kl(profile, plan) > allowance:
         return shrunk_to(plan, profile, allowance) or plan
     taken = assign(plan, tuple(group.id for group in profile.groups))
+    cut = [group_id for group_id, line in taken.items() if line.ratio > 0]
     others = tuple(group for group in profile.groups if group.id not in taken)
     bare = plan.model_copy(update={"quantization": plan.quantization.model_copy(
         update={"scheme": "fp32", "keep_float": ()})})  # fmt: skip
@@ -201,6 +228,7 @@ def _completed(plan: Plan, profile: Profile, history: Sequence[Trial], budget: B
         update={
             "pruning": (*plan.pruning, *found.plan.pruning),
             "quantization": plan.quantization.model_copy(update={"keep_float": tuple(kept)}),
+            "repair": repair_for((*cut, *assign(found.plan, tuple(group.id for group in others)))),
         }
     )
     within = predict_kl(profile, completed) <= allowance * (1 + 1e-9)

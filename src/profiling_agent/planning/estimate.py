@@ -262,7 +262,7 @@ def predict_kl(profile: Profile, plan: Plan) -> float:
     total = 0.0
     groups = {group.id: group for group in profile.groups}
     for group_id, line in assign(plan, tuple(groups)).items():
-        total += _kl_at(groups[group_id], line.ratio)
+        total += kl_at(groups[group_id], line.ratio)
     layers = layers_of(profile, plan.quantization.scheme)
     names = [layer.name for layer in layers]
     kept = {n for pattern in plan.quantization.keep_float for n in matches(pattern, names)}
@@ -270,7 +270,8 @@ def predict_kl(profile: Profile, plan: Plan) -> float:
     return total
 
 
-def _kl_at(group: GroupCost, ratio: float) -> float:
+def kl_at(group: GroupCost, ratio: float) -> float:
+    """Divergence of one group at a ratio, between those measured; squared beyond them."""
     points = [(0.0, 0.0), *sorted((p.ratio, p.kl) for p in group.sensitivity)]
     for (low, low_kl), (high, high_kl) in pairwise(points):
         if ratio <= high:

@@ -55,6 +55,10 @@ class Advised(Planner, Protocol):
     @property
     def usage(self) -> LlmUsage: ...
 
+    def allow(self, seconds: float) -> None:
+        """What the next proposal may take at most, waiting for answers."""
+        ...
+
     def take_guards(self) -> tuple[Guard, ...]:
         """What the guards did since the last call."""
         ...
@@ -102,7 +106,8 @@ def find_planner(
 def _advised(name: AdvisedName, llm: LlmSettings | None, transcript: Path | None) -> Planner:
     from profiling_agent.llm.client import Client
     from profiling_agent.llm.provider import open_provider
-    from profiling_agent.llm.transcript import Transcript
+    from profiling_agent.llm.replay import Replay
+    from profiling_agent.llm.transcript import Transcript, is_answered
     from profiling_agent.planning.advised import AdvisedPlanner
 
     if llm is None:
@@ -110,5 +115,13 @@ def _advised(name: AdvisedName, llm: LlmSettings | None, transcript: Path | None
             f"The planner {name!r} asks a language model; name one with --llm, such as "
             "--llm openai:gpt-4o or --llm ollama:llama3.2."
         )
+    provider = open_provider(llm)
+    own = provider.path if isinstance(provider, Replay) else None
+    if own is not None and transcript is not None and own.resolve() == transcript.resolve():
+        raise BudgetError(
+            f"{str(own)!r} belongs to the run itself; copy it elsewhere to replay it."
+        )
     kept = Transcript(transcript) if transcript is not None else None
-    return AdvisedPlanner(name, Client(open_provider(llm), llm.limits, kept), llm)
+    if isinstance(provider, Replay) and kept is not None:
+        provider.skip(sum(is_answered(exchange) for exchange in kept.earlier))
+    return AdvisedPlanner(name, Client(provider, llm.limits, kept), llm)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +20,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from profiling_agent.planning.allowance import needs_rescue, next_allowance
+from profiling_agent.planning.effects import floats
 from profiling_agent.planning.estimate import (
     LayerGain,
     Option,
@@ -38,7 +39,7 @@ from profiling_agent.planning.history import (
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
 from profiling_agent.records.patterns import assign, matches, units_kept
-from profiling_agent.records.plan import Plan, PruningLine, Quantization
+from profiling_agent.records.plan import Plan, PruningLine, Quantization, Repair
 from profiling_agent.records.profile import GroupCost, Profile
 from profiling_agent.records.trial import Trial
 
@@ -80,7 +81,16 @@ def promise(
         value = evaluation.size_bytes if budget.objective == "size" else evaluation.memory_bytes
     if value is None:
         return math.inf
-    return value * (1.0 - _removed_share(profile, proposal.plan))
+    return value * (
+        1.0 - _removed_share(profile, proposal.plan) + _float_share(profile, proposal.plan)
+    )
+
+
+def _float_share(profile: Profile, plan: Plan) -> float:
+    """How much larger an int8 artefact is by the layers that stay float: four bytes for one."""
+    sizes = {module.name: module.num_parameters for module in profile.modules}
+    kept = sum(sizes.get(name, 0) for name in floats(plan, profile))
+    return 3.0 * kept / max(1, profile.num_parameters)
 
 
 def _removed_share(profile: Profile, plan: Plan) -> float:
@@ -256,11 +266,11 @@ def _stdout_untouched() -> Generator[None]:
         os.close(nowhere)
 
 
-def _cuts_convolutions(ratios: dict[str, float]) -> bool:
-    """Whether most groups are channels: where convolutions follow each other, fitting them in order
-    won; in transformers, which have a few in their stem, it lost."""
-    channels = [group_id for group_id in ratios if group_id.startswith("channels:")]
-    return 2 * len(channels) > len(ratios)
+def repair_for(group_ids: Collection[str]) -> Repair:
+    """In the order of the forward where most groups are channels: where convolutions follow each
+    other that won; in transformers, which have a few in their stem, it lost."""
+    channels = [group_id for group_id in group_ids if group_id.startswith("channels:")]
+    return "sequential" if 2 * len(channels) > len(group_ids) else "least-squares"
 
 
 def make_plan(pair: Pair, ratios: dict[str, float], floats: set[str], seed: int, why: str) -> Plan:
@@ -275,6 +285,6 @@ def make_plan(pair: Pair, ratios: dict[str, float], floats: set[str], seed: int,
         runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
         pruning=lines,
         quantization=Quantization(scheme=pair.scheme, keep_float=keep),
-        repair="sequential" if _cuts_convolutions(ratios) else "least-squares",
+        repair=repair_for(ratios),
         why=why,
     )

@@ -72,9 +72,10 @@ def _removes(plan: Plan, profile: Profile) -> bool:
 
 
 def _scaled(plan: Plan, factor: float) -> Plan:
-    """Ratios rounded down to thousandths; lines that end at nothing are left out."""
+    """Ratios rounded down to thousandths; lines that end at nothing still spare their groups."""
     lines = [
         line.model_copy(update={"ratio": int(1000 * factor * line.ratio) / 1000})
         for line in plan.pruning
     ]
-    return plan.model_copy(update={"pruning": tuple(line for line in lines if line.ratio > 0)})
+    some = any(line.ratio > 0 for line in lines)
+    return plan.model_copy(update={"pruning": tuple(lines) if some else ()})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from profiling_agent.records.base import Record
 
@@ -19,6 +20,9 @@ class LlmLimits(Record):
 
     max_requests: int = Field(default=60, ge=1, le=100_000)
     max_tokens: int = Field(default=400_000, ge=1, description="input and output together")
+    max_answer_tokens: int = Field(
+        default=8000, ge=50, le=1_000_000, description="of one answer, thoughts included"
+    )
     max_cost_usd: float | None = Field(
         default=None, gt=0, description="None: no limit; counted for models with a known price"
     )
@@ -42,6 +46,15 @@ class LlmSettings(Record):
     )
     use_tools: bool = True
     prompt: str = Field(default="default", description="wording of the instructions")
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_secrets(cls, url: str | None) -> str | None:
+        """It is written into the run's record."""
+        parts = urlsplit(url or "")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("give the key in the environment, not in the URL")
+        return url
 
 
 class ToolUse(Record):
@@ -88,8 +101,9 @@ class Guard(Record):
 
 
 class LlmUsage(Record):
-    """All requests of a run together."""
+    """All requests of a run together; ``model`` is whoever answered, by its own name."""
 
+    model: str = ""
     requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0

@@ -52,7 +52,7 @@ def _matches(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
         raise PlanError(
             f"The pattern {pattern!r} takes too long to match. Write it without nested repeats."
         ) from None
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+    except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise PlanError(
             f"The pattern {pattern!r} is not a regular expression: {error}. "
             "Escape the dots of a layer's name as \\. and close every bracket."

@@ -129,7 +129,8 @@ def advice_in_words(record: RunRecord) -> tuple[str, ...]:
     """
     if record.settings.llm is None:
         return ()
-    lines = [f"{record.settings.llm.model} was asked {_asked(record)}"]
+    model = (record.llm.model if record.llm else "") or record.settings.llm.model
+    lines = [f"{model} was asked {_asked(record)}"]
     counts = Counter(guard.action for guard in record.guards)
     done = [f"{words}: {counts[action]}" for action, words in _GUARDS.items() if counts[action]]
     lines.append(f"guards: {', '.join(done) or 'had nothing to do'}")
@@ -143,7 +144,7 @@ def advice_in_words(record: RunRecord) -> tuple[str, ...]:
 def _asked(record: RunRecord) -> str:
     usage = record.llm
     if usage is None:
-        return "nothing: the search ended before"
+        return "nothing: every trial was the solver's"
     cost = "cost not known" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
     tokens = f"{usage.input_tokens:,} tokens in, {usage.output_tokens:,} out"
     return f"{usage.requests} times: {tokens}, {cost}, {usage.seconds:.1f} s"

@@ -17,8 +17,9 @@ from pydantic_core import from_json
 
 from profiling_agent.errors import PlanError
 from profiling_agent.planning.check import MAX_RATIO, check_plan
+from profiling_agent.planning.solver import repair_for
 from profiling_agent.records.base import describe_faults
-from profiling_agent.records.patterns import matches
+from profiling_agent.records.patterns import assign, matches
 from profiling_agent.records.plan import (
     MAX_PATTERN_LENGTH,
     Importance,
@@ -66,16 +67,18 @@ class Answer(_Strict):
     keep_float: list[str] = Field(
         default=[], max_length=MAX_LINES, description="layers that int8 must leave alone"
     )
-    importance: Importance = "obs"
-    repair: Repair = "least-squares"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a recipe leaves open; ``None``: anything the profile offers."""
+    """What is not the model's to choose.
+
+    ``pairs`` None: any runtime and scheme that the profile offers; ``repair`` None: the one that
+    the solver takes for such groups.
+    """
 
     pairs: tuple[tuple[str, str], ...] | None = None
-    importance: Importance | None = None
+    importance: Importance = "obs"
     repair: Repair | None = None
 
 
@@ -105,9 +108,6 @@ def answer_schema(profile: Profile, limits: Limits = ANYTHING) -> dict[str, Any]
     properties["scheme"]["enum"] = list(dict.fromkeys(scheme for _, scheme in pairs))
     for name in ("runtime", "scheme"):
         properties[name].pop("default", None)
-    for fixed in ("importance", "repair"):
-        if getattr(limits, fixed) is not None:
-            del properties[fixed]
     schema["required"] = ["why", "done", "runtime", "scheme", "prune", "keep_float"]
     return schema
 
@@ -145,7 +145,7 @@ def read_answer(
     if reason is not None:
         return _refused(reason)
     try:
-        plan = _plan(answer, seed, limits)
+        plan = _plan(answer, profile, seed, limits)
     except ValidationError as error:
         return _refused(f"The answer does not make a plan: {describe_faults(error)}.")
     reason = check_plan(plan, profile, tried)
@@ -227,22 +227,28 @@ def _outside(answer: Answer, profile: Profile, limits: Limits) -> str | None:
     return f"There is no runtime {answer.runtime[:40]!r} here; choose one of {offered}."
 
 
-def _plan(answer: Answer, seed: int, limits: Limits) -> Plan:
-    importance = limits.importance or answer.importance
-    return Plan(
+def _plan(answer: Answer, profile: Profile, seed: int, limits: Limits) -> Plan:
+    """Lines with the ratio 0 are kept beside others: they spare what a later line would cut."""
+    lines = tuple(
+        PruningLine(
+            match=line.match,
+            ratio=line.ratio,
+            importance=limits.importance,
+            why=_printable(line.why),
+        )
+        for line in answer.prune
+    )
+    if not any(line.ratio > 0.0 for line in lines):
+        lines = ()
+    plan = Plan(
         seed=seed,
         runtime=answer.runtime,  # pyright: ignore[reportArgumentType]
-        pruning=tuple(
-            PruningLine(
-                match=line.match, ratio=line.ratio, importance=importance, why=_printable(line.why)
-            )
-            for line in answer.prune
-            if line.ratio > 0.0
-        ),
+        pruning=lines,
         quantization=Quantization(scheme=answer.scheme, keep_float=tuple(answer.keep_float)),
-        repair=limits.repair or answer.repair,
         why=_printable(answer.why),
     )
+    cut = [i for i, line in assign(plan, [g.id for g in profile.groups]).items() if line.ratio > 0]
+    return plan.model_copy(update={"repair": limits.repair or repair_for(cut)})
 
 
 def tried_plans(history: Sequence[Trial]) -> frozenset[str]:

@@ -24,7 +24,9 @@ from profiling_agent.planning.agents.answer import (
 from profiling_agent.planning.agents.digest import digest
 from profiling_agent.planning.agents.folding import shown
 from profiling_agent.planning.agents.tools import Tools
+from profiling_agent.planning.effects import nothing_new
 from profiling_agent.records.common import Budget
+from profiling_agent.records.llm import ToolUse
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
@@ -39,15 +41,6 @@ MAX_ECHO = 4000
 PROMPTS = Path(__file__).parent / "prompts"
 
 Ask = Callable[[Conversation], Reply]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Consulted:
-    """What came of a question; ``rejected`` holds the reason for each answer that did not pass."""
-
-    parsed: Parsed
-    rejected: tuple[str, ...]
-    num_tool_uses: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +81,13 @@ class Question:
         )
 
 
-def consult(ask: Ask, question: Question) -> Consulted:
-    """Ask until an answer passes or ``max_answers`` did not; raises what ``ask`` raises."""
+def consult(ask: Ask, question: Question, rejected: list[str]) -> Parsed:
+    """Ask until an answer passes or ``max_answers`` did not, which the last one's reason then says.
+
+    The reason for each answer that did not pass goes into ``rejected``. Raises what ``ask`` raises.
+    """
     conversation, tools = question.conversation(), question.tools()
     tried = tried_plans(question.history)
-    rejected: list[str] = []
     uses = 0
     while True:
         reply = ask(conversation)
@@ -107,11 +102,14 @@ def consult(ask: Ask, question: Question) -> Consulted:
             tried=tried,
             limits=question.limits,
         )
+        if parsed.plan is not None:
+            reason = nothing_new(parsed.plan, question.profile, question.history)
+            parsed = Parsed(reason=reason) if reason else parsed
         if not parsed.reason:
-            return Consulted(parsed=parsed, rejected=tuple(rejected), num_tool_uses=uses)
+            return parsed
         rejected.append(parsed.reason)
         if len(rejected) >= question.max_answers:
-            return Consulted(parsed=parsed, rejected=tuple(rejected), num_tool_uses=uses)
+            return parsed
         conversation = conversation.extended(
             *_unanswered(reply),
             Turn(role="user", text=f"{parsed.reason} Answer again, with the whole object."),
@@ -119,7 +117,7 @@ def consult(ask: Ask, question: Question) -> Consulted:
 
 
 def _called(reply: Reply, tools: Tools) -> list[Turn]:
-    turns = [Turn(role="assistant", text=reply.text[:MAX_ECHO], calls=reply.calls)]
+    turns = [Turn(role="assistant", text=reply.text[:MAX_ECHO], calls=_brief(reply.calls))]
     for number, call in enumerate(reply.calls):
         text = "Too many calls at once." if number >= MAX_CALLS else tools.use(
             call.name, call.arguments
@@ -128,9 +126,17 @@ def _called(reply: Reply, tools: Tools) -> list[Turn]:
     return turns
 
 
+def _brief(calls: Sequence[ToolUse]) -> tuple[ToolUse, ...]:
+    """The calls as they are sent back; endless arguments are not."""
+    return tuple(
+        call if len(call.arguments) <= MAX_ECHO else call.model_copy(update={"arguments": "{}"})
+        for call in calls
+    )
+
+
 def _unanswered(reply: Reply) -> list[Turn]:
     """The rejected answer as the assistant's turn, its calls told that there are no more tools."""
-    turns = [Turn(role="assistant", text=reply.text[:MAX_ECHO] or "…", calls=reply.calls)]
+    turns = [Turn(role="assistant", text=reply.text[:MAX_ECHO] or "…", calls=_brief(reply.calls))]
     for call in reply.calls:
         text = "No more tools; answer now."
         turns.append(Turn(role="tool", text=text, call_id=call.call_id, name=shown(call.name)))

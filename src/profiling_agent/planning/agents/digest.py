@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import regex
 
 from profiling_agent.planning.agents.folding import NUMBER, Fold, fold, shown
-from profiling_agent.planning.estimate import layer_gains, likely_pair, likely_to_serve, saved_share
+from profiling_agent.planning.estimate import (
+    kl_at,
+    layer_gains,
+    likely_pair,
+    likely_to_serve,
+    saved_share,
+)
 from profiling_agent.planning.history import (
     Pair,
     controls,
@@ -171,7 +177,11 @@ def _groups(profile: Profile, history: Sequence[Trial], budget: Budget, detail: 
         list(known), lambda name: (known[name].kind, known[name].width, known[name].shape_class)
     )
     at = " and ".join(f"{ratio:g}" for ratio in ratios)
-    where = f"in {pair.runtime} {pair.scheme}" if pair else "in eager mode"
+    timed = pair is not None and any(
+        (table.runtime, table.scheme) == (pair.runtime, pair.scheme)
+        for table in profile.deployed_widths
+    )
+    where = f"in {pair.runtime} {pair.scheme}" if pair is not None and timed else "in eager mode"
     head = (
         f"GROUPS: pattern | blocks | units of each | % of the time saved by each {where} at ratio "
         f"{at} | harm at ratio {at} by block number, in thousandths of a nat"
@@ -198,8 +208,12 @@ def _group_row(
 ) -> str:
     groups = [known[name] for name in row.names]
     first = groups[0]
-    steps = [r for r in ratios if units_kept(first.width, r) < first.width]
-    saved = "/".join(f"{100 * saved_share(profile, first, r, pair):.2g}" for r in steps)
+    saved = "/".join(
+        "-"
+        if units_kept(first.width, ratio) == first.width
+        else f"{100 * saved_share(profile, first, ratio, pair):.2g}"
+        for ratio in ratios
+    )
     return (
         f"{row.pattern} | {len(groups)} | {first.width} | {saved or '?'} | "
         f"{_harm(groups, row.labels, ratios, each=detail.each)}"
@@ -221,11 +235,7 @@ def _harm(
         return " ".join(f"{label}:{value}" for label, value in named.items())
     order = sorted(
         zip(labels, groups, strict=True),
-        key=lambda item: (
-            next((p.kl for p in item[1].sensitivity if p.ratio == ratios[0]), 0.0)
-            if ratios
-            else 0.0
-        ),
+        key=lambda item: kl_at(item[1], ratios[0]) if ratios and item[1].sensitivity else 0.0,
     )
     low, high = order[0][0], order[-1][0]
     worst = " ".join(f"{label}:{values[label][0]}" for label, _ in order[-4:]) if ratios else "?"
@@ -233,14 +243,16 @@ def _harm(
 
 
 def _millinats(group: GroupCost, ratio: float) -> str:
-    for point in group.sensitivity:
-        if point.ratio == ratio:
-            return _short(MILLI * max(0.0, point.kl))
-    return "?"
+    """Interpolated between measured ratios; a dash where the ratio removes no unit."""
+    if not group.sensitivity:
+        return "?"
+    if units_kept(group.width, ratio) == group.width:
+        return "-"
+    return _short(MILLI * max(0.0, kl_at(group, ratio)))
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1g}"
+    return f"{value:.0f}" if value >= 9.5 else f"{value:.2g}"
 
 
 def _layers(profile: Profile, history: Sequence[Trial], budget: Budget, limit: int) -> str:
