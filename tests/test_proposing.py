@@ -167,7 +167,7 @@ def test_the_last_trials_are_the_solvers(max_trials: int, theirs: int, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("left", "theirs"), [([9, 8, 7, 6], 4), ([None, 3, 2, 1], 2), ([2] * 4, 0), ([0] * 4, 0)]
+    ("left", "theirs"), [([9, 8, 7, 6], 4), ([None, 3, 2, 1], 2), ([2] * 4, 2), ([0] * 4, 0)]
 )
 def test_what_there_is_time_for_counts_too(
     left: list[int | None], theirs: int, tmp_path: Path
@@ -341,7 +341,7 @@ def test_what_the_asking_has_cost_is_journalled_when_it_changes(tmp_path: Path) 
 
 
 def test_a_model_that_was_never_asked_has_cost_nothing(tmp_path: Path) -> None:
-    search = Search(Asked([endless(0)], Behind()), tmp_path, max_trials=4, trials_left=lambda: 1)
+    search = Search(Asked([endless(0)], Behind()), tmp_path, max_trials=4, trials_left=lambda: 0)
     assert search.run() == ["solver"] * 4
     assert search.events("llm") == search.events("guard") == []
     assert search.state.llm is None

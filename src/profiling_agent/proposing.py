@@ -18,7 +18,8 @@ from profiling_agent.report.live import Progress
 from profiling_agent.run_state import RunState
 
 RESERVED = 2
-"""The last trials of a run that are the solver's, when a language model proposes."""
+"""The last trials of a run that are the solver's, when a language model proposes; half of them
+where there are fewer than four."""
 
 
 @dataclass(kw_only=True)
@@ -86,11 +87,10 @@ class Proposals:
         """The planner, or who stands behind it: at the end of the run, or of its ideas."""
         if self._reserve is None:
             return self.planner
-        in_time, budgeted = self.trials_left(), self.settings.budget.max_trials
-        left = budgeted - number + 1
+        in_time, left = self.trials_left(), self.settings.budget.max_trials - number + 1
         if in_time is not None:
             left = min(left, in_time)
-        reserved = left <= min(RESERVED, budgeted // 2)
+        reserved = left <= min(RESERVED, (number - 1 + left) // 2)
         return self._reserve if reserved or self.since is not None else self.planner
 
     def _keep_guards(self, trial_id: str | None) -> None:
