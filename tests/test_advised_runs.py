@@ -87,7 +87,7 @@ def test_a_collapse_is_rolled_back_and_recovered_from(tmp_path: Path) -> None:
     record = optimize(
         f"{WORKLOADS}:resnet56", "--data", f"{WORKLOADS}:cifar10", "--max-drop", "1.0",
         "--runtime", "openvino", "--max-trials", "5", "--planner", "llm",
-        "--llm", f"replay:{answers}", out=tmp_path / "run", seconds=540, timeout=1100,
+        "--llm", f"replay:{answers}", out=tmp_path / "run", seconds=720, timeout=1150,
     )  # fmt: skip
     ours = [trial for trial in record.trials if not trial.is_control]
     assert ours[0].author == "llm" and ours[0].status == "screened"
