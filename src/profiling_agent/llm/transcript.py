@@ -1,6 +1,5 @@
 """What was sent to a language model and what it said: one JSON object a line, appended.
 
-A killed run leaves at most one torn last line; reading skips it, and the next line replaces it.
 Secrets are replaced before anything is written.
 """
 
@@ -13,9 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
-from profiling_agent.errors import PlanError, StorageError
+from profiling_agent.records.lines import LineFile
 from profiling_agent.records.llm import Exchange
 
 SECRET = "[secret]"
@@ -55,7 +52,10 @@ class Transcript:
     def __init__(self, path: Path) -> None:
         """Read what is there; ``PlanError`` names a bad line, ``StorageError`` a bad file."""
         self.path = path
-        self.earlier = tuple(_read(path))
+        self._file = LineFile(
+            path, Exchange.model_validate_json, name="transcript", item="an exchange"
+        )
+        self.earlier = tuple(self._file.read())
         self.next_number = max((each.number for each in self.earlier), default=0) + 1
         self._waiting: dict[str, deque[Exchange]] = {}
         for exchange in filter(is_answered, self.earlier):
@@ -63,17 +63,8 @@ class Transcript:
 
     def append(self, exchange: Exchange) -> None:
         """Write one exchange without its secrets, to the disk; ``StorageError`` if that fails."""
-        line = Exchange.model_validate(_redacted(exchange.model_dump())).to_json(indent=None)
-        try:
-            _end_torn_line(self.path)
-            with self.path.open("ab") as file:
-                file.write(line.encode("utf-8") + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(
-                f"Can't write the transcript {str(self.path)!r}: {error}. Free space or pass --out."
-            ) from None
+        clean = Exchange.model_validate(_redacted(exchange.model_dump()))
+        self._file.append(clean.to_json(indent=None))
         self.next_number = exchange.number + 1
 
     def answered(self, request_hash: str) -> Exchange | None:
@@ -99,47 +90,3 @@ def _redacted(value: _T) -> _T:
     if isinstance(value, (list, tuple)):
         return tuple(_redacted(each) for each in value)  # pyright: ignore
     return value
-
-
-def _read(path: Path) -> Iterable[Exchange]:
-    if not path.exists():
-        return
-    try:
-        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    except OSError as error:
-        raise StorageError(f"Can't read the transcript {str(path)!r}: {error}.") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield Exchange.model_validate_json(line)
-        except ValidationError:
-            if number == len(lines) or not line.strip():
-                continue
-            raise PlanError(
-                f"Line {number} of {str(path)!r} is not an exchange; the transcript was edited or "
-                "the disk is damaged. Start a new run with another --out."
-            ) from None
-
-
-def _end_torn_line(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read() == b"\n":
-            return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    with path.open("r+b") as file:
-        if _is_exchange(content[whole:]):  # only its end is missing; it was read as whole
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-        else:
-            file.truncate(whole)
-
-
-def _is_exchange(line: bytes) -> bool:
-    try:
-        Exchange.model_validate_json(line)
-    except ValidationError:
-        return False
-    return True
