@@ -20,7 +20,8 @@ EXIT_CODES: dict[VerdictKind, int] = {"ACCEPT": 0, "NO_GAIN": 10, "INFEASIBLE": 
 
 
 class Trial(Record):
-    """``done`` trials have an evaluation; the others a reason.
+    """``done`` trials have an evaluation, and a reason where that may be doubted (the machine was
+    busy); the others have a reason.
 
     ``screened``: stopped on a small subset because the accuracy had plainly collapsed;
     ``failed``: crashed, hung, ran out of memory, or could not be lowered.
