@@ -23,7 +23,7 @@ from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.planner import find_planner
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
-from profiling_agent.records.trial import EXIT_CODES, RunRecord
+from profiling_agent.records.trial import EXIT_CODES, RunRecord, Trial
 from profiling_agent.run_state import read_state
 from profiling_agent.trial import WorkerBuilder
 from small_workload import make_data, train, write_project
@@ -224,7 +224,16 @@ def test_a_killed_run_continues_and_measures_nothing_twice(project: Path, tmp_pa
     done = subprocess.run(command(project, out, *more), capture_output=True, text=True, timeout=250)
     record = RunRecord.model_validate_json(done.stdout)
     assert record.verdict is not None
-    assert record.trials[0] == kept
+    done_twice = [
+        Trial.model_validate(data)
+        for kind, data in RunStore(out).journal.events()
+        if kind == "trial" and data["trial_id"] == kept.trial_id
+    ]
+    assert done_twice[0] == kept and record.trials[0] == done_twice[-1]
+    if len(done_twice) > 1:  # only its race, and only where the machine was busy
+        again = done_twice[1].evaluation
+        assert len(done_twice) == 2 and again is not None and kept.evaluation is not None
+        assert again.accuracy == kept.evaluation.accuracy
     ids = [trial.trial_id for trial in record.trials]
     assert len(ids) == len(set(ids)) and ids[: len(before)] == before
 

@@ -48,6 +48,14 @@ class RunState:
     verdict: Verdict | None = None
     artefact: str | None = None
 
+    def keep(self, trial: Trial) -> None:
+        """Add a trial; one that was timed again takes its own place."""
+        for index, known in enumerate(self.trials):
+            if known.trial_id == trial.trial_id:
+                self.trials[index] = trial
+                return
+        self.trials.append(trial)
+
 
 def refuse_others(store: RunStore, settings: RunSettings, source: WorkloadSource) -> None:
     """``StorageError`` for a folder whose run was asked something else.
@@ -121,7 +129,7 @@ def read_state(store: RunStore) -> RunState:
         "candidates": lambda d: setattr(
             state, "candidates", [Candidate.model_validate(item) for item in d]
         ),
-        "trial": lambda d: state.trials.append(Trial.model_validate(d)),
+        "trial": lambda d: state.keep(Trial.model_validate(d)),
         "rejection": lambda d: state.rejections.append(Rejection.model_validate(d)),
         "guard": lambda d: state.guards.append(Guard.model_validate(d)),
         "llm": lambda d: setattr(state, "llm", LlmUsage.model_validate(d)),

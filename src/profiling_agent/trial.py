@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from profiling_agent.acquisition.workload import Workload
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.deployment.artefact import build_artefact
 from profiling_agent.deployment.lowered import Calibration
-from profiling_agent.errors import ProfilingAgentError, StorageError
+from profiling_agent.errors import ProfilingAgentError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import DISTURBED, TRIAL, Race, race, undisturbed
 from profiling_agent.evaluation.measure import (
@@ -301,22 +301,45 @@ class TrialRunner:
             if reason is not None:
                 return trial.model_copy(update={"status": "screened", "reason": reason})
             accuracy = self._search_accuracy(predictor, first)
-            racers = {"baseline": self.baseline.open(), trial.trial_id: predictor}
-            times, slower = undisturbed(
-                lambda: race(racers, self._data / "calibration", protocol, deadline),
-                "baseline",
-                self._usual_ms,
-            )
-            original_ms = times.timing("baseline").median_ms
-            self._usual_ms = min(self._usual_ms or original_ms, original_ms)
+            times, reason = self._raced(trial.trial_id, predictor, protocol, deadline)
             evaluation = evaluation_of(
                 trial.trial_id, built, self.deployment, (accuracy,), times, predictor
             )
-        busy = f"the machine was busy: the original took {slower:.1f} times as long as usual"
-        reason = busy if slower > DISTURBED else ""
         return trial.model_copy(
             update={"status": "done", "evaluation": evaluation, "reason": reason}
         )
+
+    def time_again(
+        self, trial: Trial, folder: Path, protocol: TimingProtocol, deadline: float | None
+    ) -> Trial:
+        """A done trial with the times of another race; as it was, where that can't be run."""
+        evaluation = trial.evaluation
+        if evaluation is None or not folder.exists():
+            return trial
+        self.builder.pause()
+        try:
+            with contextlib.closing(self.open(folder, trial.plan.runtime)) as predictor:
+                times, reason = self._raced(trial.trial_id, predictor, protocol, deadline)
+        except TrialError:
+            return trial
+        measured = _measured(times, trial.trial_id, self.deployment)
+        evaluation = evaluation.model_copy(update=measured)
+        return trial.model_copy(update={"evaluation": evaluation, "reason": reason})
+
+    def _raced(
+        self, name: str, predictor: Predictor, protocol: TimingProtocol, deadline: float | None
+    ) -> tuple[Race, str]:
+        """A race against the original, and why its times may be doubted, else an empty text."""
+        racers = {"baseline": self.baseline.open(), name: predictor}
+        times, slower = undisturbed(
+            lambda: race(racers, self._data / "calibration", protocol, deadline),
+            "baseline",
+            self._usual_ms,
+        )
+        original_ms = times.timing("baseline").median_ms
+        self._usual_ms = min(self._usual_ms or original_ms, original_ms)
+        busy = f"the machine was busy: the original took {slower:.1f} times as long as usual"
+        return times, busy if slower > DISTURBED else ""
 
     def _screen_answers(self, predictor: Predictor) -> np.ndarray:
         """Answers on the first search samples, whole batches, so that the rest can follow."""
@@ -354,7 +377,6 @@ def evaluation_of(
     predictor: Predictor,
 ) -> Evaluation:
     """The record of one artefact from a race in which ``baseline`` ran too."""
-    timing = times.timing(name)
     memory = predictor.memory_bytes()
     missing = ()
     if memory is None:
@@ -366,14 +388,39 @@ def evaluation_of(
         scheme=built.scheme,
         deployment=deployment,
         accuracy=accuracy,
-        timing=timing,
-        speedup=Speedup(over="baseline", ratio=times.speedup(name, "baseline")),
-        throughput_per_s=1e3 * deployment.batch_size / timing.median_ms,
+        **_measured(times, name, deployment),
         size_bytes=built.size_bytes,
         weight_bytes=built.weight_bytes,
         memory_bytes=memory,
         not_measured=missing,
     )
+
+
+def _measured(times: Race, name: str, deployment: Deployment) -> dict[str, Any]:
+    """The fields of an evaluation that a race tells."""
+    timing = times.timing(name)
+    return {
+        "timing": timing,
+        "speedup": Speedup(over="baseline", ratio=times.speedup(name, "baseline")),
+        "throughput_per_s": 1e3 * deployment.batch_size / timing.median_ms,
+    }
+
+
+def timed_while_busy(trials: Sequence[Trial]) -> list[Trial]:
+    """Done trials in whose race the original took half as long again as in the quietest one.
+
+    Which race was quiet is only known when several were run: the first may have been disturbed.
+    """
+    took = {trial.trial_id: ms for trial in trials if (ms := _original_ms(trial)) is not None}
+    quietest = min(took.values(), default=0.0)
+    return [trial for trial in trials if took.get(trial.trial_id, 0.0) > DISTURBED * quietest]
+
+
+def _original_ms(trial: Trial) -> float | None:
+    evaluation = trial.evaluation
+    if evaluation is None or evaluation.timing is None or evaluation.speedup is None:
+        return None
+    return evaluation.timing.median_ms * evaluation.speedup.ratio.estimate
 
 
 def _dump(record: Any) -> dict[str, Any]:
