@@ -42,6 +42,7 @@ from profiling_agent.llm.replay import Replay
 from profiling_agent.llm.transcript import Transcript, redact
 from profiling_agent.planning.advised import AdvisedPlanner
 from profiling_agent.planning.planner import find_planner
+from profiling_agent.records.base import describe_faults
 from profiling_agent.records.llm import Exchange, LlmLimits, LlmSettings, LlmUsage, ToolUse
 
 pytestmark = pytest.mark.skipif(
@@ -482,9 +483,11 @@ def test_base_urls_that_are_none(url: str) -> None:
         "https://host/v1?api_key=pass1",
     ],
 )
-def test_a_secret_in_the_base_url_is_refused(url: str) -> None:
-    with pytest.raises(ValidationError, match="give the key in the environment"):
+def test_a_secret_in_the_base_url_is_refused_and_not_said_again(url: str) -> None:
+    with pytest.raises(ValidationError, match="holds a password or key") as caught:
         LlmSettings(model="a:b", base_url=url)
+    words = describe_faults(caught.value)
+    assert url not in words and "environment" in words
 
 
 def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,8 @@ def _describe(fault: Any) -> str:
         return f"unknown field {place!r}"
     if fault["type"] == "missing":
         return f"field {place!r} is missing"
+    if fault["type"] == "secret":  # not to be said again
+        return message
     got = repr(fault["input"])
     shown = got if len(got) <= 60 else got[:57] + "..."
     return f"field {place!r}: {message} (got {shown})" if place else f"{message} (got {shown})"

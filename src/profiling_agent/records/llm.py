@@ -6,6 +6,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from profiling_agent.records.base import Record
 
@@ -53,7 +54,9 @@ class LlmSettings(Record):
         """It is written into the run's record."""
         parts = urlsplit(url or "")
         if parts.username or parts.password or parts.query:
-            raise ValueError("give the key in the environment, not in the URL")
+            raise PydanticCustomError(
+                "secret", "the endpoint's URL holds a password or key; give it in the environment"
+            )
         return url
 
 
