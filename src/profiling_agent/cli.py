@@ -376,6 +376,7 @@ def report(
     from profiling_agent import stages
     from profiling_agent.records.store import RunStore
     from profiling_agent.report.terminal import render_run
+    from profiling_agent.run_state import save_record
 
     record = stages.read_run(run)
     save_record(RunStore(run), record)
