@@ -1026,6 +1026,30 @@ def test_without_a_model_the_plan_is_the_solvers(name: str) -> None:
     assert len(provider.asked) == 3  # a fault that may pass is asked again
 
 
+def test_a_model_that_answers_in_vain_is_not_asked_for_ever() -> None:
+    """Two questions in a row; then it has nothing left to propose, and the solver takes over."""
+    provider = Scripted(["prose"])
+    planner = asked_by("hybrid", provider)
+    assert proposed(planner).author == "solver"
+    assert proposed(planner).author == "solver"
+    asked = len(provider.asked)
+    planner.take_guards()
+    assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+    assert len(provider.asked) == asked
+    assert ["not asked again" in guard.reason for guard in planner.take_guards()] == [True]
+    assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+    assert planner.take_guards() == ()
+
+
+def test_one_good_answer_renews_the_patience() -> None:
+    bad = ["prose"] * 4
+    provider = Scripted([*bad, GOOD, *bad, "prose"])
+    planner = asked_by("llm", provider)
+    for _ in range(4):
+        proposed(planner)
+    assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+
+
 def test_when_the_model_is_gone_for_good_it_is_not_asked_again() -> None:
     provider = Scripted([GOOD])
     client = client_of(provider, max_requests=1)

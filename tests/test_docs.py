@@ -55,6 +55,9 @@ COMMANDS = {
     "--llm-prompt --rounds --max-llm-requests --max-llm-tokens --max-llm-answer --max-llm-cost "
     "--recipe --runtime --evidence --max-trials --seed --restart "
     "--no-restart --json",
+    "ablate": f"MODEL {REQUEST} --max-drop --planners --trials --seeds --time-budget --out "
+    "--llm --llm-prompts --max-llm-requests --max-llm-tokens --max-llm-answer --max-llm-cost "
+    "--objective --batch-size --threads --runtime --seed --restart --no-restart --json",
     "profile": f"MODEL {REQUEST} --out --batch-size --threads --time-budget --seed --json",
     "plan": "PROFILE --out --run --planner --max-drop --objective --batch-size --threads --seed "
     "--config",

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiling_agent import loop
+from profiling_agent import workbench
 from profiling_agent.api import optimize
 from profiling_agent.deployment.runtimes import RUNTIMES
 from profiling_agent.errors import TrialError
@@ -264,8 +264,8 @@ def test_a_live_module_goes_through_the_same_loop(tmp_path: Path) -> None:
 def test_where_time_is_short_every_trial_looks_at_the_same_first_search_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "MIN_SEARCH", 281)
-    monkeypatch.setattr(loop, "SEARCH_SHARE", 0.0)
+    monkeypatch.setattr(workbench, "MIN_SEARCH", 281)
+    monkeypatch.setattr(workbench, "SEARCH_SHARE", 0.0)
     result = optimize(
         train(),
         make_data(2400, seed=2),

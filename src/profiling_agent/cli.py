@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from profiling_agent.errors import BudgetError, ProfilingAgentError
+from profiling_agent.errors import ProfilingAgentError
 from profiling_agent.flags import (
     BatchSize,
     Config,
@@ -24,7 +24,11 @@ from profiling_agent.flags import (
     Seed,
     Threads,
     TimeBudget,
+    advisor,
+    listed,
+    model_and_url,
     parse_duration,
+    planner_of_recipe,
     record_of,
     takes_request,
 )
@@ -32,7 +36,6 @@ from profiling_agent.flags import (
 if TYPE_CHECKING:
     from profiling_agent.acquisition.request import Request
     from profiling_agent.records.common import Deployment
-    from profiling_agent.records.llm import LlmSettings
 
 app = typer.Typer(
     name="profiling-agent",
@@ -122,7 +125,7 @@ def optimize(
     from profiling_agent.report.terminal import render_run
 
     seconds = parse_duration(time_budget)
-    advisor = _advisor(
+    asked = advisor(
         llm,
         llm_base_url,
         use_tools=llm_tools,
@@ -144,8 +147,8 @@ def optimize(
                 evidence=evidence.value,
             ),
             deployment=_deployment(batch_size, threads),
-            planner=planner_name(_recipe(recipe, planner), advisor),
-            llm=advisor,
+            planner=planner_name(planner_of_recipe(recipe, planner), asked),
+            llm=asked,
             runtimes=_runtimes(runtime),
             seed=seed,
         )
@@ -169,47 +172,102 @@ def optimize(
     raise typer.Exit(EXIT_CODES[record.verdict.kind])
 
 
-def _advisor(
-    model: str | None,
-    base_url: str | None,
-    *,
-    max_requests: int,
-    max_tokens: int,
-    max_answer_tokens: int,
-    max_cost_usd: float | None,
-    **asked: Any,
-) -> LlmSettings | None:
-    """Whom to ask for plans, or nobody; ``BudgetError`` for an endpoint without a model."""
-    from profiling_agent.records.llm import LlmLimits, LlmSettings
+@app.command()
+@takes_request
+def ablate(
+    request: Request,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="what may be lost, in the metric's unit [0.5 points]"),
+    ] = None,
+    planners: Annotated[
+        str,
+        typer.Option(
+            help="comma separated [random,uniform,greedy,tpe,solver, and llm,hybrid,paper with "
+            "--llm]"
+        ),
+    ] = "auto",
+    trials: Annotated[int, typer.Option(min=1, help="plans of each planner and seed")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="times each planner searches")] = 2,
+    time_budget: Annotated[str, typer.Option(help="of the whole comparison")] = "1h",
+    out: Annotated[Path, typer.Option(help="folder of the comparison")] = Path("ablation"),
+    llm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="language models, one for each --llm; MODEL@URL for an endpoint that speaks "
+            "OpenAI's chat completions"
+        ),
+    ] = None,
+    llm_prompts: Annotated[
+        str, typer.Option(help="wordings, comma separated, one arm each: default,terse,stepwise")
+    ] = "default",
+    max_llm_requests: Annotated[int, typer.Option(min=1, help="requests of each arm")] = 60,
+    max_llm_tokens: Annotated[int, typer.Option(min=1, help="of each arm, in and out")] = 400_000,
+    max_llm_answer: Annotated[int, typer.Option(min=50, help="tokens of one answer")] = 8000,
+    max_llm_cost: Annotated[
+        float | None, typer.Option(help="dollars of each arm, where the price is known [no limit]")
+    ] = None,
+    objective: Annotated[Objective, typer.Option(help="what to improve")] = Objective.latency,
+    batch_size: BatchSize = 1,
+    threads: Threads = None,
+    runtime: Annotated[
+        str, typer.Option(help="auto, or some of openvino, onnxruntime and torch")
+    ] = "auto",
+    seed: Seed = 0,
+    restart: Annotated[bool, typer.Option(help="throw away the comparison in --out")] = False,
+    json: Json = False,
+) -> None:
+    """Compare planners on one model: same plans to choose from, as many trials for each."""
+    from profiling_agent.ablation import ablation_settings, compare_planners
+    from profiling_agent.preconditions import default_drop
+    from profiling_agent.records.common import Budget
+    from profiling_agent.records.store import RunStore
+    from profiling_agent.report.ablation_view import render_ablation
+    from profiling_agent.report.live import open_progress
 
-    if model is None:
-        if base_url is not None:
-            raise BudgetError("--llm-base-url names an endpoint; name the model there with --llm.")
-        return None
-    return record_of(
-        lambda: LlmSettings(
-            model=model,
-            base_url=base_url,
-            limits=LlmLimits(
-                max_requests=max_requests,
-                max_tokens=max_tokens,
-                max_answer_tokens=max_answer_tokens,
-                max_cost_usd=max_cost_usd,
+    models = [
+        advisor(
+            *model_and_url(each),
+            prompt=wording,
+            max_requests=max_llm_requests,
+            max_tokens=max_llm_tokens,
+            max_answer_tokens=max_llm_answer,
+            max_cost_usd=max_llm_cost,
+        )
+        for each in llm or ()
+        for wording in listed("--llm-prompts", llm_prompts)
+    ]
+    seconds = parse_duration(time_budget)
+    settings = record_of(
+        lambda: ablation_settings(
+            Budget(
+                max_drop=default_drop(max_drop, request.unit),
+                unit=request.unit,
+                objective=objective.value,
+                max_trials=trials,
             ),
-            **asked,
+            deployment=_deployment(batch_size, threads),
+            runtimes=_runtimes(runtime),
+            planners=None if planners == "auto" else listed("--planners", planners),
+            models=models,
+            num_seeds=seeds,
+            seed=seed,
+            time_s=seconds,
         )
     )
-
-
-def _recipe(recipe: str | None, planner: str) -> str:
-    """The planner that a recipe stands for."""
-    if recipe is None:
-        return planner
-    if recipe != "paper":
-        raise BudgetError(f"There is no recipe {recipe!r}; there is 'paper'.")
-    if planner not in ("auto", "paper"):
-        raise BudgetError(f"--recipe paper brings its own planner; leave out --planner {planner}.")
-    return "paper"
+    if restart:
+        RunStore(out).clear()
+    progress = open_progress(seconds, unit=request.unit)
+    try:
+        record = compare_planners(request, settings, out=out, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; start the same command again to continue", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.close()
+    _show(record.to_json() if json else None, lambda: render_ablation(record))
+    if not json:
+        typer.echo(f"report: {out / 'ablation.html'}")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from profiling_agent.records.base import describe_faults
 
 if TYPE_CHECKING:
     from profiling_agent.acquisition.request import Request
+    from profiling_agent.records.llm import LlmSettings
 
 
 class Objective(StrEnum):
@@ -247,3 +248,60 @@ def record_of(make: Callable[[], Any]) -> Any:
             describe_faults(error),
         )
         raise BudgetError(f"These settings can't be used: {words}.") from None
+
+
+def listed(flag: str, text: str) -> tuple[str, ...]:
+    """Names separated by commas, each once; ``BudgetError`` for none."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise BudgetError(f"{flag} names nothing.")
+    return names
+
+
+def advisor(
+    model: str | None,
+    base_url: str | None,
+    *,
+    max_requests: int,
+    max_tokens: int,
+    max_answer_tokens: int,
+    max_cost_usd: float | None,
+    **asked: Any,
+) -> LlmSettings | None:
+    """Whom to ask for plans, or nobody; ``BudgetError`` for an endpoint without a model."""
+    from profiling_agent.records.llm import LlmLimits, LlmSettings
+
+    if model is None:
+        if base_url is not None:
+            raise BudgetError("--llm-base-url names an endpoint; name the model there with --llm.")
+        return None
+    return record_of(
+        lambda: LlmSettings(
+            model=model,
+            base_url=base_url,
+            limits=LlmLimits(
+                max_requests=max_requests,
+                max_tokens=max_tokens,
+                max_answer_tokens=max_answer_tokens,
+                max_cost_usd=max_cost_usd,
+            ),
+            **asked,
+        )
+    )
+
+
+def model_and_url(text: str) -> tuple[str, str | None]:
+    """``MODEL@URL`` in its parts; a model's name may hold other signs of that kind."""
+    model, _, rest = text.partition("@http")
+    return model, f"http{rest}" if rest else None
+
+
+def planner_of_recipe(recipe: str | None, planner: str) -> str:
+    """The planner that a recipe stands for."""
+    if recipe is None:
+        return planner
+    if recipe != "paper":
+        raise BudgetError(f"There is no recipe {recipe!r}; there is 'paper'.")
+    if planner not in ("auto", "paper"):
+        raise BudgetError(f"--recipe paper brings its own planner; leave out --planner {planner}.")
+    return "paper"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from profiling_agent.planning.check import check_plan
@@ -20,6 +20,21 @@ from profiling_agent.run_state import RunState
 RESERVED = 2
 """The last trials of a run that are the solver's, when a language model proposes; half of them
 where there are fewer than four."""
+
+
+def is_reserved(number: int, left: int) -> bool:
+    """Whether trial ``number``, with so many left and itself among them, is the solver's."""
+    return left <= min(RESERVED, (number - 1 + left) // 2)
+
+
+def objection(
+    plan: Plan, profile: Profile, history: Sequence[Trial], settings: RunSettings
+) -> str | None:
+    """Why a plan can't be tried, in words; ``None`` when it can."""
+    reason = check_plan(plan, profile, {trial.plan.plan_id for trial in history})
+    if reason is None and plan.runtime not in settings.runtimes:
+        reason = f"The runtime {plan.runtime!r} is excluded by --runtime."
+    return reason
 
 
 @dataclass(kw_only=True)
@@ -90,7 +105,7 @@ class Proposals:
         in_time, left = self.trials_left(), self.settings.budget.max_trials - number + 1
         if in_time is not None:
             left = min(left, in_time)
-        reserved = left <= min(RESERVED, (number - 1 + left) // 2)
+        reserved = is_reserved(number, left)
         return self._reserve if reserved or self.since is not None else self.planner
 
     def _keep_guards(self, trial_id: str | None) -> None:
@@ -131,10 +146,7 @@ class Proposals:
         self._guard(Guard(action="rollback", author="loop", trial_id=trial.trial_id, reason=reason))
 
     def _reject(self, plan: Plan, profile: Profile, author: str) -> str | None:
-        tried = {trial.plan.plan_id for trial in self.state.trials}
-        reason = check_plan(plan, profile, tried)
-        if reason is None and plan.runtime not in self.settings.runtimes:
-            reason = f"The runtime {plan.runtime!r} is excluded by --runtime."
+        reason = objection(plan, profile, self.state.trials, self.settings)
         if reason is not None and not any(r.plan == plan for r in self.state.rejections):
             rejection = Rejection(plan=plan, author=author, reason=reason)
             self.state.rejections.append(rejection)

@@ -41,24 +41,34 @@ from profiling_agent.records.trial import Trial
 PAPER = Limits(pairs=(("torch", "int8-dynamic"),), importance="magnitude", repair="none")
 MODEL, TOGETHER = "llm", "llm+solver"
 """Authors of plans; the solver's own are ``solver``."""
+PATIENCE = 2
+"""Questions in a row without an answer that passes, after which a model isn't asked again."""
 
 
 class AdvisedPlanner:
-    """A guarded planner over one client; see the module's text."""
+    """A guarded planner over one client; see the module's text.
 
-    def __init__(self, name: AdvisedName, client: Client, settings: LlmSettings) -> None:
+    A bare one, for comparisons, stands alone: no solver behind it or among its tools, no trust
+    region, and each answer that does not pass is one of the budget's ``max_trials``.
+    """
+
+    def __init__(
+        self, name: AdvisedName, client: Client, settings: LlmSettings, *, is_bare: bool = False
+    ) -> None:
         """``BudgetError`` for a wording of the prompt that there is not."""
         instructions("analysis", settings.prompt)
         self.name: str = name
+        self._stands_alone = is_bare or name == "paper"
+        self._is_bare = is_bare
         self._client, self._settings = client, settings
         self._solver = Solver()
         self._guards: list[Guard] = []
         self._gone = False
-        self._num_asked = 0
+        self._num_asked = self._num_rejected = self._num_in_vain = 0
 
     @property
     def reserve(self) -> Planner | None:
-        return None if self.name == "paper" else self._solver
+        return None if self._stands_alone else self._solver
 
     @property
     def usage(self) -> LlmUsage:
@@ -81,6 +91,10 @@ class AdvisedPlanner:
         rounds = self._settings.rounds
         if self._gone or (rounds is not None and max(asked, self._num_asked) >= rounds):
             return None
+        if self._num_in_vain >= PATIENCE and not self._is_bare:
+            self._gone = True
+            self._note("fallback", f"not asked again: {PATIENCE} questions in a row in vain")
+            return None
         pairs = _open_to(self.name, profile, history, budget)
         if not pairs:
             self._note("rejected", "nothing to choose from: no runtime and scheme was measured")
@@ -93,6 +107,8 @@ class AdvisedPlanner:
             return None
         if self.name == "paper":
             return replace(estimate(plan, profile, history), author="paper")
+        if self._is_bare:
+            return replace(estimate(plan, profile, history), author=MODEL)
         if self.name == "hybrid":
             return self._hybrid(plan, profile, history, budget, seed)
         plan = self._trusted(plan, profile, history, budget)
@@ -119,8 +135,8 @@ class AdvisedPlanner:
             wording=self._settings.prompt,
             limits=replace(PAPER if self.name == "paper" else ANYTHING, pairs=pairs),
             use_tools=self._settings.use_tools and self._client.provider.offers_tools,
-            with_solver_tool=self.name != "paper",
-            max_answers=1 if self.name == "paper" else MAX_ANSWERS,
+            with_solver_tool=not self._stands_alone,
+            max_answers=self._max_answers(history, budget),
         )
         try:
             parsed = consult(self._client.ask, question, rejected)
@@ -130,9 +146,19 @@ class AdvisedPlanner:
             parsed = None
         for reason in rejected:
             self._note("rejected", reason)
+        self._num_rejected += len(rejected)
+        if parsed is not None:  # a fault of the line says nothing about the model
+            self._num_in_vain = self._num_in_vain + 1 if parsed.reason else 0
         for change in parsed.changed if parsed else ():
             self._note("rewritten", change)
         return parsed
+
+    def _max_answers(self, history: Sequence[Trial], budget: Budget) -> int:
+        """To one question; for a bare planner what is left of its trials."""
+        if not self._is_bare:
+            return 1 if self.name == "paper" else MAX_ANSWERS
+        ours = sum(not trial.is_control for trial in history)
+        return max(1, budget.max_trials - ours - self._num_rejected)
 
     def _trusted(
         self, plan: Plan, profile: Profile, history: Sequence[Trial], budget: Budget
@@ -152,7 +178,7 @@ class AdvisedPlanner:
     def _fallback(
         self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
     ) -> Proposal | None:
-        if self.name == "paper":
+        if self._stands_alone:
             return None
         proposal = self._solver.propose(profile, history, budget, seed)
         if proposal is None:

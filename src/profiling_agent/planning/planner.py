@@ -72,12 +72,17 @@ def planner_name(name: str, llm: LlmSettings | None) -> str:
 
 
 def find_planner(
-    name: str, llm: LlmSettings | None = None, transcript: Path | None = None
+    name: str,
+    llm: LlmSettings | None = None,
+    transcript: Path | None = None,
+    *,
+    is_bare: bool = False,
 ) -> Planner:
     """The planner of that name; ``BudgetError`` lists those there are.
 
     ``MissingDependency`` for one that stands on a package which is not installed. ``llm`` is whom
-    an advised planner asks, and ``transcript`` the file that keeps what was said.
+    an advised planner asks, ``transcript`` the file that keeps what was said, and a bare one has
+    nobody behind it.
     """
     from profiling_agent.planning.controls import Greedy, Random, Uniform
     from profiling_agent.planning.solver import Solver
@@ -92,7 +97,7 @@ def find_planner(
     }
     advised: tuple[AdvisedName, ...] = ("llm", "hybrid", "paper")
     for each in advised:
-        planners[each] = partial(_advised, each, llm, transcript)
+        planners[each] = partial(_advised, each, llm, transcript, is_bare=is_bare)
     if name not in planners:
         raise BudgetError(f"There is no planner {name!r}. Choose one of {', '.join(planners)}.")
     if llm is not None and name not in advised:
@@ -103,7 +108,9 @@ def find_planner(
     return planners[name]()
 
 
-def _advised(name: AdvisedName, llm: LlmSettings | None, transcript: Path | None) -> Planner:
+def _advised(
+    name: AdvisedName, llm: LlmSettings | None, transcript: Path | None, *, is_bare: bool
+) -> Planner:
     from profiling_agent.llm.client import Client
     from profiling_agent.llm.provider import open_provider
     from profiling_agent.llm.replay import Replay
@@ -124,4 +131,4 @@ def _advised(name: AdvisedName, llm: LlmSettings | None, transcript: Path | None
     kept = Transcript(transcript) if transcript is not None else None
     if isinstance(provider, Replay) and kept is not None:
         provider.skip(sum(is_answered(exchange) for exchange in kept.earlier))
-    return AdvisedPlanner(name, Client(provider, llm.limits, kept), llm)
+    return AdvisedPlanner(name, Client(provider, llm.limits, kept), llm, is_bare=is_bare)

@@ -21,7 +21,8 @@ class RunStore:
 
     journal.jsonl   every step, appended
     transcript.jsonl   what a language model was asked and answered
-    workload.json   profile.json   run.json   report.html   records
+    transcripts/    likewise, a file for each arm of a comparison of planners
+    profile.json   run.json   report.html   ablation.json   ablation.html   records
     data/           the three splits as arrays
     trials/ID/      artefacts tried
     artefact/       the one handed over
@@ -38,6 +39,18 @@ class RunStore:
     @property
     def transcript(self) -> Path:
         return self.folder / "transcript.jsonl"
+
+    @property
+    def transcripts(self) -> Path:
+        return self.folder / "transcripts"
+
+    @property
+    def ablation_record(self) -> Path:
+        return self.folder / "ablation.json"
+
+    @property
+    def ablation_report(self) -> Path:
+        return self.folder / "ablation.html"
 
     @property
     def profile(self) -> Path:
@@ -69,11 +82,12 @@ class RunStore:
         if not self.holds_run:
             return
         try:
-            for folder in (self.data, self.artefact, self.folder / "trials"):
+            for folder in (self.data, self.artefact, self.folder / "trials", self.transcripts):
                 if folder.exists():
                     shutil.rmtree(folder)
             records = (self.profile, self.run_record, self.report, self.transcript)
-            for file in (*records, self.journal.path):
+            compared = (self.ablation_record, self.ablation_report)
+            for file in (*records, *compared, self.journal.path):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(

@@ -129,10 +129,10 @@ def _axes(points: tuple[Point, ...], baseline_ms: float | None, max_drop: float)
 def _frame(axes: _Axes, record: RunRecord) -> list[str]:
     left, right, floor = _LEFT, WIDTH - _RIGHT, HEIGHT - _BOTTOM
     parts = [_line("axis", left, floor, right, floor), _line("axis", left, _TOP, left, floor)]
-    for value in _ticks(0.0, axes.most_ms):
+    for value in ticks(0.0, axes.most_ms):
         label = significant(value, 2) if value else "0"
         parts.append(_text(axes.x(value), floor + 16, label, "middle"))
-    for value in _ticks(axes.least_drop, axes.most_drop):
+    for value in ticks(axes.least_drop, axes.most_drop):
         y = axes.y(value)
         parts += [_line("axis", left - 4, y, left, y), _text(left - 8, y + 4, f"{value:g}", "end")]
     deployment = record.settings.deployment
@@ -192,7 +192,7 @@ def _dot(axes: _Axes, point: Point, unit: str) -> str:
     return f"<g><title>{title}</title>{shape}{ring}{named}</g>"
 
 
-def _ticks(low: float, high: float, about: int = 6) -> list[float]:
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """Round values between the two, some ``about`` of them."""
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))

@@ -1,14 +1,8 @@
-"""A run as one page that stands alone: no script, no request, readable in ten years.
-
-Every word that comes from a record passes ``cell``, ``below`` or ``words``, which escape it; markup
-is only ever written here.
-"""
+"""A run as one page that stands alone: no script, no request, readable in ten years."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import Final
 
 from profiling_agent.records.common import Interval, Machine
@@ -16,6 +10,7 @@ from profiling_agent.records.profile import GroupCost, ModuleCost, Profile
 from profiling_agent.records.trial import RunRecord, Trial, Verdict
 from profiling_agent.records.workload import Task
 from profiling_agent.report.chart import scatter
+from profiling_agent.report.page import as_definitions, as_list, as_table, below, cell, page, words
 from profiling_agent.report.profile_view import (
     DEPLOYED_TITLES,
     deployed_row,
@@ -69,7 +64,7 @@ _MOST_RATIOS: Final = 8
 
 def render_html(record: RunRecord, profile: Profile | None = None) -> str:
     """The page; a pure function of the two records, so that it can be redrawn at any time."""
-    title = words(f"{record.workload.name}: {record.verdict.kind if record.verdict else 'running'}")
+    title = f"{record.workload.name}: {record.verdict.kind if record.verdict else 'running'}"
     sections = [
         _verdict(record),
         _headline(record),
@@ -83,62 +78,12 @@ def render_html(record: RunRecord, profile: Profile | None = None) -> str:
         _circumstances(record),
         _data(record),
     ]
-    style = files("profiling_agent.report").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>\n{style}</style></head>\n<body>\n"
-        f"<h1>{words(record.workload.name)}</h1>\n"
-        f"{''.join(section for section in sections if section)}</body></html>\n"
-    )
-
-
-def words(text: str, limit: int = 1000) -> str:
-    """Text from a record, made visible and escaped."""
-    return escape(printable(text, limit))
-
-
-def cell(value: str, under: str = "", kind: str = "number") -> str:
-    """One table cell, with smaller words under the value."""
-    return f'<td class="{kind}">{words(value)}{below(under)}</td>'
-
-
-def below(text: str) -> str:
-    return f'<span class="below">{words(text)}</span>' if text else ""
-
-
-def _table(titles: Sequence[str], rows: Iterable[str], num_words: int = 1) -> str:
-    """The first ``num_words`` columns hold words, the others numbers."""
-    heads = "".join(_head(title, i >= num_words) for i, title in enumerate(titles))
-    body = "\n".join(rows)
-    return (
-        f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n'
-        "</tbody></table></div>\n"
-    )
-
-
-def _head(title: str, is_number: bool) -> str:
-    """A second line of a title stands smaller under the first."""
-    name, _, under = title.partition("\n")
-    kind = ' class="number"' if is_number else ""
-    return f"<th{kind}>{escape(name)}{below(under)}</th>"
-
-
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f"<dt>{escape(k)}</dt><dd>{words(v)}</dd>" for k, v in pairs if v)
-    return f"<dl>{body}</dl>\n"
-
-
-def _notes(lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{words(line)}</li>" for line in lines)
-    return f'<ul class="notes">{items}</ul>\n' if items else ""
+    return page(title, (f"<h1>{words(record.workload.name)}</h1>\n", *sections))
 
 
 def _verdict(record: RunRecord) -> str:
     verdict = record.verdict
-    notes = _notes(filter(None, (bottleneck_in_words(record), *record.warnings)))
+    notes = as_list(filter(None, (bottleneck_in_words(record), *record.warnings)))
     if verdict is None:
         return (
             '<section class="verdict"><h2>No verdict yet</h2>'
@@ -146,7 +91,7 @@ def _verdict(record: RunRecord) -> str:
         )
     return (
         f'<section class="verdict {verdict.kind}"><h2>{verdict.kind}</h2>'
-        f"{_definitions(_verdict_pairs(record, verdict))}{notes}</section>\n"
+        f"{as_definitions(_verdict_pairs(record, verdict))}{notes}</section>\n"
     )
 
 
@@ -176,7 +121,7 @@ def _headline(record: RunRecord) -> str:
     notes = [f"{DASH} {row.name}: {note}" for row in rows for note in row.footnotes]
     return (
         "<h2>Original, off the shelf, ours</h2>\n"
-        f"{_table(titles, (_headline_row(row, task.unit) for row in rows))}{_notes(notes)}"
+        f"{as_table(titles, (_headline_row(row, task.unit) for row in rows))}{as_list(notes)}"
     )
 
 
@@ -243,7 +188,7 @@ def _trials(record: RunRecord) -> str:
     titles = ["trial", "plan", "latency", "predicted", "speed-up", _metric_title(task)]
     titles += [drop_name(task), "size"]
     rows = (_trial_row(row, task.unit) for row in trial_rows(record))
-    return f"<h2>All trials</h2>\n{_table(titles, rows, num_words=2)}"
+    return f"<h2>All trials</h2>\n{as_table(titles, rows, num_words=2)}"
 
 
 def _trial_row(row: TrialRow, unit: str) -> str:
@@ -279,11 +224,11 @@ def _rejections(record: RunRecord) -> str:
         + (f" ({describe_plan(rejection.plan)})" if rejection.plan else "")
         for rejection in record.rejections
     ]
-    return f"<h2>Plans not carried out</h2>\n{_notes(lines)}"
+    return f"<h2>Plans not carried out</h2>\n{as_list(lines)}"
 
 
 def _profile_sections(record: RunRecord, profile: Profile) -> list[str]:
-    summary = _definitions(
+    summary = as_definitions(
         [
             ("time", whole_and_parts(profile)),
             ("work", f"{as_count(profile.total_macs)} MACs"),
@@ -296,7 +241,7 @@ def _profile_sections(record: RunRecord, profile: Profile) -> list[str]:
     titles = ["module", "self time", "share", "own MACs", "parameters", "peak activations"]
     bottlenecks = (
         f"<h2>Where the original's time goes</h2>\n{summary}"
-        f"{_table(titles, map(_module_row, modules))}"
+        f"{as_table(titles, map(_module_row, modules))}"
     )
     return [bottlenecks, _deployed(profile), _groups(record, profile)]
 
@@ -313,7 +258,7 @@ def _deployed(profile: Profile) -> str:
         "<h2>Where the artefacts' time goes</h2>\n"
         "<p>Off-the-shelf artefacts, operator by operator, as their runtimes time themselves after "
         "their own fusions. The operators are timed in other calls than the whole.</p>\n"
-        f"{_table(DEPLOYED_TITLES, rows)}"
+        f"{as_table(DEPLOYED_TITLES, rows)}"
     )
 
 
@@ -344,7 +289,7 @@ def _groups(record: RunRecord, profile: Profile) -> str:
         "<h2>Groups and how sensitive they are</h2>\n"
         f"<p>Layers of a group can only be pruned together. The {name}: {meaning} when this "
         "group alone loses that share of its units, after repair.</p>\n"
-        f"{_table(titles, rows)}"
+        f"{as_table(titles, rows)}"
     )
 
 
@@ -379,7 +324,7 @@ def _widths_handed_over(record: RunRecord) -> dict[str, tuple[int, int]]:
 
 def _not_measured(record: RunRecord, profile: Profile | None) -> str:
     lines = [*not_measured(record), *(gaps_of(profile) if profile is not None else ())]
-    body = _notes(lines) if lines else "<p>Nothing that was asked for is missing.</p>\n"
+    body = as_list(lines) if lines else "<p>Nothing that was asked for is missing.</p>\n"
     return f"<h2>Not measured, and why</h2>\n{body}"
 
 
@@ -393,8 +338,8 @@ def _advice(record: RunRecord) -> str:
         f"{cell(guard.reason, kind='words')}</tr>"
         for guard in record.guards
     ]
-    table = _table(("what", "trial", "why"), rows, num_words=3) if rows else ""
-    return f"<h2>Language model</h2>\n{_notes(lines)}{table}"
+    table = as_table(("what", "trial", "why"), rows, num_words=3) if rows else ""
+    return f"<h2>Language model</h2>\n{as_list(lines)}{table}"
 
 
 def _method(record: RunRecord) -> str:
@@ -419,7 +364,7 @@ def _method(record: RunRecord) -> str:
     isolated_not = [t.trial_id for t in record.trials if _in_process(t)]
     if isolated_not:
         lines.append(f"Carried out inside the calling process: {', '.join(isolated_not)}.")
-    return f"<h2>How it was measured</h2>\n{_notes(lines)}"
+    return f"<h2>How it was measured</h2>\n{as_list(lines)}"
 
 
 def _difference(task: Task) -> str:
@@ -447,7 +392,7 @@ def _circumstances(record: RunRecord) -> str:
         ("runtimes", ", ".join(settings.runtimes)),
         *_machine_pairs(record.machine),
     ]
-    return f"<h2>Machine and settings</h2>\n{_definitions(pairs)}"
+    return f"<h2>Machine and settings</h2>\n{as_definitions(pairs)}"
 
 
 def _machine_pairs(machine: Machine) -> list[tuple[str, str]]:
@@ -480,4 +425,4 @@ def _data(record: RunRecord) -> str:
         digest = f"sha256 {split.sha256}"
         pairs.append((f"{split.name} split", f"{split.num_samples} samples, {labels}, {digest}"))
     pairs += facts_of_data(workload)
-    return f"<h2>Model and data</h2>\n{_definitions(pairs)}"
+    return f"<h2>Model and data</h2>\n{as_definitions(pairs)}"

@@ -1,0 +1,417 @@
+"""A model on the workbench: the original measured, the controls tried, the profile taken.
+
+What every search starts from, and where its plans are carried out. Each step is journalled before
+the next begins, and what the journal holds already is not measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from profiling_agent.acquisition.workload import Workload
+from profiling_agent.deployment.artefact import baseline_size
+from profiling_agent.errors import ModelError, TrialError
+from profiling_agent.evaluation.judge import Judge
+from profiling_agent.evaluation.measure import TRIAL, race
+from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
+from profiling_agent.finish import answers_of_original, final_seconds, forward_of_original
+from profiling_agent.machine.clock import load_average, now
+from profiling_agent.machine.processor import describe_machine
+from profiling_agent.off_the_shelf import control_plans
+from profiling_agent.planning.decide import best_control
+from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
+from profiling_agent.planning.fits import check_fits
+from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
+from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
+from profiling_agent.profiling.width_cache import WidthCache, default_folder
+from profiling_agent.records.common import NotMeasured
+from profiling_agent.records.evaluation import Evaluation
+from profiling_agent.records.plan import Plan
+from profiling_agent.records.profile import DeployedProfile, Profile
+from profiling_agent.records.store import RunStore, read_array, write_array, write_text
+from profiling_agent.records.trial import RunSettings, Trial
+from profiling_agent.report.live import Progress, quiet
+from profiling_agent.run_state import RunState
+from profiling_agent.trial import (
+    Baseline,
+    Builder,
+    LocalBuilder,
+    TrialRunner,
+    WorkerBuilder,
+    first_labels,
+    timed_while_busy,
+)
+from profiling_agent.widths import measure_deployed_widths
+
+PROFILE_SHARE = 0.2
+MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
+"""What a profile takes at least: seconds, and forwards of the original on a sample."""
+CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
+"""Of the time before the final stage, for controls; they stop there, but not before the second."""
+SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
+"""A trial's accuracy takes about this share of the time budget, if it runs so many times faster
+than the original: the first so many search samples are looked at, but never fewer than 1,000."""
+DEPLOYED_SHARE = 0.05
+"""Of the time budget, for the operator times of the controls."""
+WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 6
+"""Of the time budget, for widths in the runtimes; there are none with less than so many seconds,
+or when so many trials would not have time after them."""
+
+
+class Workbench:
+    """One workload of one run or ablation; ``stack`` closes the processes that are opened."""
+
+    runner: TrialRunner
+    """Set by ``set_up``."""
+
+    def __init__(
+        self,
+        *,
+        store: RunStore,
+        settings: RunSettings,
+        workload: Workload,
+        judge: Judge,
+        state: RunState,
+        progress: Progress,
+        is_live: bool,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.store, self.settings, self.workload, self.state = store, settings, workload, state
+        self.progress, self.is_live, self.stack = progress, is_live, stack
+        self.budget, self.deployment = settings.budget, settings.deployment
+        self.judge = judge
+        self.machine = describe_machine()
+        self.time_s = settings.budget.time_s
+        """When the search is to end, on the journal's clock."""
+        self._timed_again: set[str] = set()
+        self.memory_limit = int(0.85 * self.machine.memory_bytes)
+
+    @property
+    def left(self) -> float:
+        """Seconds that remain."""
+        return self.time_s - self.store.journal.clock()
+
+    def set_up(self) -> Profile | None:
+        """Measure the original and the controls, and take the profile.
+
+        Without a profile, for want of time or because the model can't be profiled, the warnings say
+        why, and the controls are all there is to choose from. ``ModelError`` for an original that
+        can't be measured or is broken.
+        """
+        if self.is_live:
+            self.warn("The model is a live object: its trials run in this process, unguarded.")
+        baseline = self._baseline()
+        builder = self._builder()
+        self.runner = TrialRunner(
+            builder=builder,
+            workload=self.workload,
+            baseline=baseline,
+            judge=self.judge,
+            deployment=self.deployment,
+            max_drop=self.budget.max_drop,
+            data=self.store.data,
+            memory_limit=self.memory_limit,
+        )
+        self._controls()
+        self.time_again()
+        return self._profile()
+
+    def warn(self, text: str) -> None:
+        if text not in self.state.warnings:
+            self.state.warnings.append(text)
+            self.store.journal.append("warning", text)
+            self.progress.message(f"warning: {text}")
+
+    def _builder(self) -> Builder:
+        builder: Builder = (
+            LocalBuilder(self.workload)
+            if self.is_live
+            else WorkerBuilder(self.store.data, self.memory_limit)
+        )
+        self.stack.callback(builder.close)
+        return builder
+
+    def _baseline(self) -> Baseline:
+        """Open the untouched model, measure it once, refuse a broken one."""
+        self.progress.stage("baseline", "the untouched model in eager PyTorch")
+        predictor = self._open_baseline()
+        path = self.store.data / "baseline_search.npy"
+        predicted = read_array(path)
+        if self.state.baseline is None or predicted is None:
+            call_s = self._seconds_a_call(predictor)
+            num_samples = self._search_samples(call_s)
+            predicted = answers_of_original(
+                predictor, self.judge, self.store.data, "search", num_samples
+            )
+            labels = first_labels(self.workload.splits["search"].labels, len(predicted))
+            self.judge.refuse_broken(predicted, labels)
+            doubt = self.judge.doubt(predicted)
+            if doubt is not None:
+                self.warn(doubt)
+            write_array(path, predicted)
+            self._measure_baseline(predictor, predicted, call_s)
+        predictor.pause()
+        opened = [predictor]
+
+        def again() -> Predictor:
+            if not opened[-1].alive:
+                opened.append(self._open_baseline())
+            return opened[-1]
+
+        measured = self.state.baseline.timing if self.state.baseline else None
+        return Baseline(open=again, search=predicted, ms=measured.median_ms if measured else None)
+
+    def _open_baseline(self) -> Predictor:
+        try:
+            predictor: Predictor = (
+                LivePredictor(self.workload, self.deployment)
+                if self.is_live
+                else ProbeProcess.eager(self.store.data, self.deployment, self.memory_limit)
+            )
+        except TrialError as error:
+            raise ModelError(f"The untouched model can't be opened: {error}") from None
+        self.stack.callback(predictor.close)
+        return predictor
+
+    def _seconds_a_call(self, predictor: Predictor) -> float:
+        """A first look at the original's latency; ``ModelError`` when its forward fails."""
+        with forward_of_original("calibration"):
+            predictor.prepare(self.store.data / "calibration")
+            predictor.time_block(0.0, 1, 1)
+            return median(predictor.time_block(0.1, 2, 1)) / 1e3
+
+    def _search_samples(self, call_s: float) -> int:
+        """How many samples of the search split the time allows to look at in every trial."""
+        there = self.workload.record.split("search").num_samples
+        size = self.deployment.batch_size
+        num_calls = SEARCH_SHARE * self.budget.time_s * TYPICAL_GAIN / call_s
+        num_samples = max(MIN_SEARCH, int(num_calls) * size)
+        num_samples = -(-num_samples // size) * size
+        if num_samples >= there:
+            return there
+        self.warn(
+            f"The search looks at {num_samples:,} of the {there:,} search samples, so that trials "
+            "fit into the time budget. The test split is used whole."
+        )
+        return num_samples
+
+    def _measure_baseline(self, predictor: Predictor, predicted: np.ndarray, call_s: float) -> None:
+        protocol = TRIAL.suited_to(call_s)
+        try:
+            with quiet(self.progress):
+                timing = race({"baseline": predictor}, self.store.data / "calibration", protocol)
+            memory = predictor.memory_bytes()
+        except TrialError as error:
+            raise ModelError(f"The untouched model can't be timed: {error}") from None
+        measured = timing.timing("baseline")
+        labels = first_labels(self.workload.splits["search"].labels, len(predicted))
+        missing = ()
+        if memory is None:
+            missing = (NotMeasured(what="memory", reason="not a process of its own"),)
+        evaluation = Evaluation(
+            artefact="baseline",
+            runtime="torch",
+            scheme="eager fp32",
+            deployment=self.deployment,
+            accuracy=(self.judge.score("search", predicted, labels, None),),
+            timing=measured,
+            speedup=None,
+            throughput_per_s=1e3 * self.deployment.batch_size / measured.median_ms,
+            size_bytes=baseline_size(self.workload.model),
+            weight_bytes=self.workload.record.weight_bytes,
+            memory_bytes=memory,
+            not_measured=missing,
+        )
+        self.state.baseline = evaluation
+        self.store.journal.append("baseline", evaluation)
+        load = load_average()
+        if load is not None and load > 1.5 * self.machine.num_cores:
+            self.warn(f"The machine is busy (load {load:.1f}); intervals will be wide.")
+
+    def _controls(self) -> None:
+        """Every runtime's off-the-shelf artefacts: what the user gets without us."""
+        done = {trial.plan.plan_id for trial in self.state.trials}
+        ends = self.left - CONTROLS_SHARE * (self.left - self.reserve())
+        plans, left_out = control_plans(self.machine, self.settings)
+        for sentence in left_out:
+            self.warn(sentence)
+        for plan in plans:
+            if plan.plan_id in done:
+                continue
+            num_done, likely = len(self.state.trials), self.usual_trial_s()
+            stop = ends if num_done >= MIN_CONTROLS else 0.0
+            if num_done and self.left - likely < max(stop, self.reserve(num_artefacts=1)):
+                self.warn(
+                    f"The control {plan.runtime} {plan.quantization.scheme} was not measured: the "
+                    "time budget is too short."
+                )
+                continue
+            trial_id = f"c{len(self.state.trials) + 1}"
+            self.try_plan(trial_id, plan, "control", is_control=True)
+
+    def call_s(self) -> float:
+        """Seconds a call of the original."""
+        baseline = self.state.baseline
+        assert baseline is not None and baseline.timing is not None
+        return baseline.timing.median_ms / 1e3
+
+    def usual_trial_s(self) -> float:
+        """The median of the trials so far; 0 before the first."""
+        seconds = sorted(trial.seconds for trial in self.state.trials)
+        return seconds[len(seconds) // 2] if seconds else 0.0
+
+    def reserve(self, num_artefacts: int = 3) -> float:
+        """Seconds kept for the final stage of so many artefacts: a control and two candidates."""
+        num_test = self.workload.record.split("test").num_samples
+        control = best_control(self.state.trials, self.budget)
+        relative = (relative_latency(control) if control else None) or 0.6
+        call_s = self.call_s()
+        num_calls = -(-num_test // self.deployment.batch_size)
+        return final_seconds(
+            num_calls, call_s, relative * call_s, self.budget.time_s, num_artefacts
+        )
+
+    def _profile(self) -> Profile | None:
+        """The profile, or ``None`` with a warning: then the controls are all there is to choose."""
+        if self.store.profile.exists() and self.state.profile_path is not None:
+            profile = Profile.read(self.store.profile)
+            check_fits(profile, self.machine, self.deployment)
+            return profile
+        left = self.left - self.reserve()
+        if left < MIN_PROFILE_S + PROFILE_FORWARDS * self.call_s():
+            self.warn(
+                "Nothing was searched: the controls took the time budget. Allow a larger "
+                "--time-budget."
+            )
+            return None
+        deployed = self._deployed()
+        self.progress.stage("profiling", "costs, groups, sensitivity")
+        seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, left))
+        try:
+            with quiet(self.progress):
+                profile = self.runner.builder.profile(self.deployment, seconds)
+        except TrialError as error:
+            self.warn(
+                f"Nothing was searched, since the model can't be profiled: {error} Try "
+                "'profiling-agent profile' on it alone."
+            )
+            return None
+        finally:
+            self.runner.builder.pause()
+        profile = self._with_widths(profile.model_copy(update={"deployed": deployed}))
+        write_text(self.store.profile, profile.to_json())
+        self.state.profile_path = self.store.profile.name
+        self.store.journal.append("profile", {"path": self.store.profile.name})
+        return profile
+
+    def _deployed(self) -> tuple[DeployedProfile, ...]:
+        """Operator times of the int8 controls and their float counterparts, the fastest first."""
+        ends = self.store.journal.clock() + DEPLOYED_SHARE * self.budget.time_s
+
+        def profile(trial: Trial) -> DeployedProfile | None:
+            self.progress.stage("profiling", f"the operators of {trial.label}")
+            try:
+                return profile_artefact(
+                    self.store.trial(trial.trial_id),
+                    self.store.data / "calibration",
+                    self.deployment,
+                    memory_limit=self.memory_limit,
+                )
+            except TrialError as error:
+                self.warn(f"The operators of {trial.label} could not be timed: {error}")
+                return None
+
+        return profile_pairs(
+            controls_to_profile(self.state.trials),
+            profile,
+            has_time=lambda: self.store.journal.clock() <= ends,
+        )
+
+    def _with_widths(self, profile: Profile) -> Profile:
+        """The profile with widths timed in the runtimes that are likely to serve."""
+        left = self.left - self.reserve() - TRIALS_FIRST * self.usual_trial_s()
+        seconds = min(WIDTHS_SHARE * self.budget.time_s, left)
+        if not profile.groups or seconds < MIN_WIDTHS_S:
+            return profile
+        self.progress.stage("profiling", "widths in the runtimes that are likely to serve")
+        with quiet(self.progress):
+            tables, missing = measure_deployed_widths(
+                self.runner,
+                profile,
+                likely_to_serve(self.state.trials, self.budget),
+                self.store.trial("width"),
+                self.store.data / "calibration",
+                control_folder=self.store.trial,
+                seconds=seconds,
+                call_s=self.call_s(),
+                cache=WidthCache(
+                    folder=default_folder(), machine=profile.machine, deployment=self.deployment
+                ),
+            )
+        return profile.model_copy(
+            update={
+                "deployed_widths": tables,
+                "not_measured": (*profile.not_measured, *missing),
+            }
+        )
+
+    def try_plan(self, trial_id: str, plan: Plan, author: str, **known: Any) -> Trial:
+        """Carry a plan out and journal the trial; ``known`` are further arguments of the runner."""
+        self.progress.trial_started(trial_id, f"{plan.runtime} {plan.quantization.scheme}")
+        folder = self.store.trial(trial_id)
+        with quiet(self.progress):
+            trial = self.runner.run(
+                trial_id,
+                plan,
+                author,
+                folder,
+                protocol=TRIAL.suited_to(self.call_s()),
+                deadline=now() + max(0.0, self.left - self.reserve()),
+                **known,
+            )
+        self._keep(trial)
+        relative = relative_latency(trial)
+        self.progress.trial_finished(
+            trial, search_drop(trial), 1.0 / relative if relative else None
+        )
+        self._drop_dominated()
+        return trial
+
+    def _keep(self, trial: Trial) -> None:
+        self.state.keep(trial)
+        self.store.journal.append("trial", trial)
+
+    def time_again(self) -> None:
+        """Race those once more that ran while the machine was busy, as later races have shown.
+
+        A wrong time would stand as the bar, or send the search after it.
+        """
+        if self.state.candidates is not None:
+            return
+        for trial in timed_while_busy(self.state.trials):
+            if trial.trial_id in self._timed_again or self.left < self.reserve():
+                continue
+            self._timed_again.add(trial.trial_id)
+            self.progress.message(f"{trial.trial_id} is timed again: the machine was busy")
+            with quiet(self.progress):
+                again = self.runner.time_again(
+                    trial,
+                    self.store.trial(trial.trial_id),
+                    TRIAL.suited_to(self.call_s()),
+                    now() + max(0.0, self.left - self.reserve()),
+                )
+            self._keep(again)
+
+    def _drop_dominated(self) -> None:
+        """Free the disk of artefacts that can't be handed over any more."""
+        wanted = {trial.trial_id for trial in pareto(self.state.trials, self.budget)}
+        wanted |= {trial.trial_id for trial in feasible(self.state.trials, self.budget)}
+        wanted |= {trial.trial_id for trial in self.state.trials if trial.is_control}
+        for trial in self.state.trials:
+            if trial.trial_id not in wanted:
+                shutil.rmtree(self.store.trial(trial.trial_id), ignore_errors=True)
