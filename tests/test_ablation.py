@@ -25,7 +25,6 @@ from profiling_agent.records.ablation import AblationRecord, Arm
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.llm import LlmSettings
 from profiling_agent.records.plan import Plan
-from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 from profiling_agent.report.ablation_chart import curves_of, gains_chart
 from profiling_agent.report.ablation_html import render_ablation_html
@@ -80,9 +79,6 @@ class Bench:
         self.warnings: list[str] = []
         self.warn = self.warnings.append
 
-    def set_up(self) -> Profile:
-        return profile_of()
-
     def reserve(self, num_artefacts: int = 3) -> float:
         return 1.0
 
@@ -109,7 +105,7 @@ def _nobody() -> None:
 
 
 def compared(bench: Bench, settings: Any) -> AblationRecord:
-    return Comparison(bench, settings).walk()  # type: ignore[arg-type]
+    return Comparison(bench, settings).walk(profile_of())  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -229,6 +225,13 @@ def test_a_model_that_can_not_be_reached_leaves_its_cells_empty(
     assert all(cell == ("–", "") for cell in rows_of(record)[0].cells)
     assert rows_of(record)[0].note.startswith("not run: ")
     assert bench.carried_out == []
+
+
+def test_without_a_profile_the_arms_say_so(tmp_path: Path) -> None:
+    bench, settings = Bench(tmp_path), settings_of(("solver", "random"))
+    record = Comparison(bench, settings).walk(None)  # type: ignore[arg-type]
+    assert all("no profile" in arm.ended and not arm.gains for arm in record.arms)
+    assert render_ablation_html(record)
 
 
 def test_without_a_model_or_a_key_the_arm_says_so(

@@ -134,7 +134,10 @@ def compare_planners(
             is_live=request.is_live,
             stack=stack,
         )
-        record = Comparison(bench, settings).walk()
+        comparison = Comparison(bench, settings)
+        profile = bench.set_up()
+        bench.time_s = settings.time_s
+        record = comparison.walk(profile)
     write_text(store.ablation_record, record.to_json())
     write_text(store.ablation_report, render_ablation_html(record))
     return record
@@ -162,7 +165,7 @@ class _Slot:
 
 
 class Comparison:
-    """All arms over one workbench."""
+    """All arms over one workbench, whose trials it shares with earlier comparisons on it."""
 
     def __init__(self, bench: Workbench, settings: AblationSettings) -> None:
         self.bench, self.settings, self.state = bench, settings, bench.state
@@ -170,19 +173,17 @@ class Comparison:
         self._unreachable: dict[LlmSettings, str] = {}
         self._used: set[str] = set()
         self._measured: dict[Hashable, str] = {}
-
-    def walk(self) -> AblationRecord:
-        bench = self.bench
         self._open_models()
-        profile = bench.set_up()
-        bench.time_s = self.settings.time_s
-        if profile is not None:
-            for trial in self.state.trials:
-                if not trial.is_control:
-                    self._measured.setdefault(effect(trial.plan, profile), trial.trial_id)
+
+    def walk(self, profile: Profile | None) -> AblationRecord:
+        """All arms one after the other; without a profile they are empty. The workbench is set up,
+        and its ``time_s`` says when to end."""
+        for trial in self.state.trials:
+            if profile is not None and not trial.is_control:
+                self._measured.setdefault(effect(trial.plan, profile), trial.trial_id)
         why = "" if profile is not None else "there is no profile to plan from; see the warnings"
         walked = [self._walk_arm(arm, profile, why) for arm in self._arms()]
-        bench.runner.builder.close()
+        self.bench.runner.builder.close()
         return self._record(self._compared([self._finished(each) for each in walked]))
 
     def _open_models(self) -> None:
@@ -393,7 +394,7 @@ class Comparison:
             name = arm.best_id
             if name is not None and name not in finals:
                 self.bench.progress.stage("test split", self._trial(name).label)
-                finals[name] = self._final(name, reference)
+                finals[name] = self.judged(name, reference)
         compared: list[Arm] = []
         for arm in arms:
             if arm.best_id is not None:
@@ -411,9 +412,11 @@ class Comparison:
     def _reference(self) -> str:
         return REFERENCE if REFERENCE in self.settings.planners else self.settings.planners[0]
 
-    def _final(
+    def judged(
         self, name: str, reference: str | None
     ) -> tuple[Accuracy | None, Interval | None, str]:
+        """A measured trial's accuracy on the test split, the reference's latency over its own from
+        one race, and why one of them is missing, else an empty text."""
         if self.bench.left < 0:
             return None, None, "the time budget ended"
         try:

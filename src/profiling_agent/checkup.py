@@ -55,6 +55,7 @@ from profiling_agent.evaluation.suspicions import (
 from profiling_agent.machine.clock import now, without_collector
 from profiling_agent.machine.seeds import derive_seed, generator
 from profiling_agent.machine.torch_state import threads
+from profiling_agent.questions import Ask, ask_preprocessing, suggester
 from profiling_agent.records.check import (
     CheckedSample,
     CheckRecord,
@@ -88,10 +89,12 @@ def check(
     out: Path | None = None,
     seconds: float = 45.0,
     seed: int = 0,
+    ask: Ask | None = None,
 ) -> CheckRecord:
     """Look at sixteen samples, the baseline and everything that could be wrong with it.
 
-    Reads at most 1,000 samples and then spends about ``seconds``. The folder ``out`` gets
+    Reads at most 1,000 samples and then spends about ``seconds``. A language model that ``ask``
+    reaches may think of normalisations, which are tried as the others are. The folder ``out`` gets
     ``check.json`` and, for images, ``samples.png``. Raises ``ModelError`` and ``DataError`` for
     what ``optimize`` can't take either, except unreadable samples, and ``StorageError``.
     """
@@ -114,8 +117,9 @@ def check(
             max_samples=MAX_SAMPLES,
             max_unreadable=1.0,
             reads_all=False,
+            suggest=suggester(ask),
         )
-        checkup = _Checkup(request, workload, deployment, seed, deadline=now() + seconds)
+        checkup = _Checkup(request, workload, deployment, seed, now() + seconds, ask)
         checkup.walk()
         record = checkup.record(start)
         if out is None:
@@ -133,7 +137,9 @@ class _Checkup:
         deployment: Deployment,
         seed: int,
         deadline: float,
+        ask: Ask | None,
     ) -> None:
+        self.ask = ask
         self.workload, self.deployment, self.seed = workload, deployment, seed
         self.deadline = deadline
         self.task, self.preprocessing = workload.record.task, workload.record.preprocessing
@@ -278,6 +284,7 @@ class _Checkup:
         if not others:
             self._skip("preprocessing", "the inputs are not images given as bytes")
             return None
+        others = self._with_asked(others, sample)
         most = min(MAX_TRIED, len(right) // 2)
         if most < MIN_JUDGES:
             self._skip("preprocessing", f"{len(right)} samples can't tell alternatives apart")
@@ -296,6 +303,17 @@ class _Checkup:
         rest = slice(count, min(end, len(right)))
         judged = self._right(best, self.rows[rest], labels[rest])
         return find_preprocessing(best.name, right[rest], judged, best.next_step)
+
+    def _with_asked(self, known: list[Alternative], images: np.ndarray) -> list[Alternative]:
+        """With those that a language model thinks of; the time of its answer is not the check's."""
+        if self.ask is None:
+            return known
+        start = now()
+        more, notes = ask_preprocessing(self.ask, self.workload.record, images, known)
+        self.deadline += now() - start
+        for note in notes:
+            self._skip("the language model", note)
+        return [*known, *more]
 
     def _tried(
         self, others: Sequence[Alternative], labels: np.ndarray, most: int

@@ -16,6 +16,8 @@ import typer
 
 from profiling_agent.errors import ProfilingAgentError
 from profiling_agent.flags import (
+    Advisor,
+    AdvisorUrl,
     BatchSize,
     Config,
     EvidenceLevel,
@@ -278,11 +280,14 @@ def profile(
     batch_size: BatchSize = 1,
     threads: Threads = None,
     time_budget: TimeBudget = "2m",
+    llm: Advisor = None,
+    llm_base_url: AdvisorUrl = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Measure costs, prunable groups and sensitivity; without data, costs only."""
     from profiling_agent import stages
+    from profiling_agent.questions import asker
     from profiling_agent.records.store import write_text
     from profiling_agent.report.profile_view import render_profile
 
@@ -291,6 +296,7 @@ def profile(
         deployment=_deployment(batch_size, threads),
         seconds=parse_duration(time_budget),
         seed=seed,
+        ask=asker(advisor(llm, llm_base_url)),
     )
     if out is not None:
         write_text(out, record.to_json())
@@ -450,14 +456,23 @@ def check(
     ),
     batch_size: BatchSize = 1,
     threads: Threads = None,
+    llm: Advisor = None,
+    llm_base_url: AdvisorUrl = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Look at samples, the baseline and what may be wrong, within a minute."""
     from profiling_agent import checkup
+    from profiling_agent.questions import asker
     from profiling_agent.report.check_view import render_check
 
-    record = checkup.check(request, deployment=_deployment(batch_size, threads), out=out, seed=seed)
+    record = checkup.check(
+        request,
+        deployment=_deployment(batch_size, threads),
+        out=out,
+        seed=seed,
+        ask=asker(advisor(llm, llm_base_url)),
+    )
     _show(record.to_json() if json else None, lambda: render_check(record, folder=out))
     raise typer.Exit(12 if record.has_problems else 0)
 

@@ -59,6 +59,13 @@ Threads = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="seed of splits and search")]
 Json = Annotated[bool, typer.Option("--json", help="print the record as JSON on stdout")]
+Advisor = Annotated[
+    str | None,
+    typer.Option(help="language model asked where rules don't settle it; see optimize --help"),
+]
+AdvisorUrl = Annotated[
+    str | None, typer.Option(help="any endpoint that speaks OpenAI's chat completions")
+]
 TimeBudget = Annotated[str, typer.Option(help="such as 90s, 15m, 2h")]
 
 
@@ -262,10 +269,10 @@ def advisor(
     model: str | None,
     base_url: str | None,
     *,
-    max_requests: int,
-    max_tokens: int,
-    max_answer_tokens: int,
-    max_cost_usd: float | None,
+    max_requests: int = 60,
+    max_tokens: int = 400_000,
+    max_answer_tokens: int = 8000,
+    max_cost_usd: float | None = None,
     **asked: Any,
 ) -> LlmSettings | None:
     """Whom to ask for plans, or nobody; ``BudgetError`` for an endpoint without a model."""

@@ -25,6 +25,7 @@ from profiling_agent.planning.check import check_budget, check_plan, demand_plan
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.planner import Proposal, find_planner
 from profiling_agent.profiling.whole import profile_workload
+from profiling_agent.questions import Ask, suggester
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import BuiltArtefact, Evaluation
 from profiling_agent.records.plan import Plan
@@ -36,11 +37,13 @@ from profiling_agent.trial import LocalBuilder, evaluation_of
 
 
 @contextlib.contextmanager
-def workload_of(request: Request, seed: int = 0) -> Iterator[tuple[Workload, Path]]:
+def workload_of(
+    request: Request, seed: int = 0, ask: Ask | None = None
+) -> Iterator[tuple[Workload, Path]]:
     """A workload for the length of a block, its arrays in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="profiling-agent-") as name:
         folder = Path(name) / "data"
-        yield acquire(request, folder=folder, seed=seed), folder
+        yield acquire(request, folder=folder, seed=seed, suggest=suggester(ask)), folder
 
 
 def profile(
@@ -49,13 +52,15 @@ def profile(
     deployment: Deployment | None = None,
     seconds: float = 120.0,
     seed: int = 0,
+    ask: Ask | None = None,
 ) -> Profile:
     """Measure a model: costs by module and group, latency against width, sensitivity.
 
-    Without data the inputs are random and sensitivity means nothing, so it is left out.
+    Without data the inputs are random and sensitivity means nothing, so it is left out. Where no
+    shape that is probed works, a language model that ``ask`` reaches may name others.
     """
     deployment = deployment or Deployment()
-    with workload_of(request, seed) as (workload, _folder):
+    with workload_of(request, seed, ask) as (workload, _folder):
         has_data = workload.record.source.data is not None or request.data is not None
         return profile_workload(
             workload, describe_machine(), deployment, seconds=seconds, with_sensitivity=has_data

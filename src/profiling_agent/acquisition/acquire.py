@@ -35,6 +35,7 @@ from profiling_agent.acquisition.hubs.found import (
     find_model,
     is_hub,
 )
+from profiling_agent.acquisition.inputs import Suggest
 from profiling_agent.acquisition.request import (
     Request,
     is_live_data,
@@ -76,11 +77,13 @@ def acquire(
     max_samples: int = 20_000,
     max_unreadable: float = MAX_UNREADABLE,
     reads_all: bool = True,
+    suggest: Suggest | None = None,
 ) -> Workload:
     """Build the model, understand the data, write the splits to ``folder``, return all of it.
 
     Of samples that can't be read ``max_unreadable`` (a share) are left out, more are refused.
-    Without ``reads_all`` a stream is only read as far as ``max_samples``.
+    Without ``reads_all`` a stream is only read as far as ``max_samples``. ``suggest`` may name
+    further input shapes where none is known and those that are probed fail.
     Without data a demo takes its own, and any other model random inputs, good for costs only. A
     live module is copied. A folder made from the same references, files and seed is used again.
     Raises ``ModelError``, ``DataError``, ``StorageError``, ``MissingDependency``.
@@ -99,7 +102,14 @@ def acquire(
     data = DEMO_DATA if source.data == DEMO_REFERENCE else request.data
     with _writing(folder) as staging, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for loaders that shuffle
-        work = Assembly(model=model, source=source, folder=folder, staging=staging, seed=seed)
+        work = Assembly(
+            model=model,
+            source=source,
+            folder=folder,
+            staging=staging,
+            seed=seed,
+            suggest=suggest,
+        )
         if data is None:
             record, splits = work.without_data()
         else:

@@ -32,6 +32,7 @@ from profiling_agent.acquisition.formats.references import open_data
 from profiling_agent.acquisition.hubs.found import FoundModel, local_folder
 from profiling_agent.acquisition.inputs import (
     Resolved,
+    Suggest,
     random_input,
     resolve_from_data,
     resolve_without_data,
@@ -85,8 +86,16 @@ class Assembly:
     """One walk from the model and the data to the splits on disk and their record."""
 
     def __init__(
-        self, *, model: FoundModel, source: WorkloadSource, folder: Path, staging: Path, seed: int
+        self,
+        *,
+        model: FoundModel,
+        source: WorkloadSource,
+        folder: Path,
+        staging: Path,
+        seed: int,
+        suggest: Suggest | None = None,
     ) -> None:
+        self.suggest = suggest
         self.model, self.source, self.folder = model, source, folder
         self.staging, self.seed = staging, seed
         self.notes: list[str] = list(model.notes)
@@ -165,7 +174,9 @@ class Assembly:
     def without_data(self) -> tuple[WorkloadRecord, dict[SplitName, Split]]:
         model = self.model.module
         likely = self._likely_shape()
-        resolved = resolve_without_data(model, likely=likely, wants_classes=self.wants_classes)
+        resolved = resolve_without_data(
+            model, likely=likely, wants_classes=self.wants_classes, suggest=self.suggest
+        )
         spec = resolved.inputs[0]
         values = random_input(model, spec, NUM_RANDOM, self.seed).numpy()
         samples = Source(
@@ -242,7 +253,9 @@ class Assembly:
         return self._probed_transform(plain.mode)
 
     def _probed_transform(self, mode: ImageMode) -> ImageTransform | None:
-        resolved = resolve_without_data(self.model.module, wants_classes=self.wants_classes)
+        resolved = resolve_without_data(
+            self.model.module, wants_classes=self.wants_classes, suggest=self.suggest
+        )
         shape = resolved.inputs[0].shape
         if len(shape) != 3:
             return None

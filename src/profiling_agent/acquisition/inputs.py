@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -43,6 +43,18 @@ class Resolved:
     preprocessing: Preprocessing
     output_shape: tuple[int, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """An input that forward did not take, and what it said."""
+
+    spec: InputSpec
+    error: str
+
+
+Suggest = Callable[[nn.Module, Sequence[Tried]], Sequence[InputSpec]]
+"""Further inputs to try where the rules' own have all failed."""
 
 
 # --- with data ---
@@ -194,18 +206,24 @@ def resolve_without_data(
     *,
     likely: tuple[int, ...] | None = None,
     wants_classes: bool = True,
+    suggest: Suggest | None = None,
 ) -> Resolved:
     """Inputs from the model's configuration or by probing, proven by forward.
 
-    ``likely`` is the shape that the model's library states, tried first.
+    ``likely`` is the shape that the model's library states, tried first; ``suggest`` is asked when
+    nothing else works, and believed as little.
 
     Raises ``ModelError`` that quotes the model's own last exception when nothing works.
     """
     parameters, _ = forward_parameters(model)
     default = parameters[0] if parameters else "x"
     failure: Exception | None = None
-    tried: list[str] = []
-    for spec in _candidates(model, default, likely):
+    tried: list[Tried] = []
+
+    def suggested() -> Iterator[InputSpec]:
+        yield from suggest(model, tuple(tried)) if suggest is not None else ()
+
+    for spec in itertools.chain(_candidates(model, default, likely), suggested()):
         try:
             values = random_input(model, spec, 2, seed=0)
             shape = prove(model, {spec.name: values}, wants_classes=wants_classes)
@@ -213,17 +231,17 @@ def resolve_without_data(
             raise
         except Exception as error:  # whatever the user's forward raises
             failure = failure or error
-            tried.append(f"{spec.shape}")
+            tried.append(Tried(spec=spec, error=f"{type(error).__name__}: {_first_line(error)}"))
             continue
         note = f"the input shape {spec.shape} was found by {spec.found_by}; pass data to be sure"
         return Resolved(
             inputs=(spec,), preprocessing=Preprocessing(), output_shape=shape, notes=(note,)
         )
+    shapes = ", ".join(str(each.spec.shape) for each in tried)
     reason = (
         "it has no convolution, linear or embedding layer to start from"
-        if failure is None
-        else f"tried {', '.join(tried)}; the first failed with {type(failure).__name__}: "
-        f"{_first_line(failure)}"
+        if not tried
+        else f"tried {shapes}; the first failed with {tried[0].error}"
     )
     raise ModelError(
         f"The model's input shape could not be found: {reason}. Pass data, or give the model a "

@@ -48,7 +48,7 @@ def alternatives(stated: Preprocessing, images: np.ndarray) -> list[Alternative]
         "values from 0 to 255": (255 * unit, (), ()),
         "mean and std of these images": (unit, mean, std),
     }
-    found = [_normalised(stated, name, *values) for name, values in settings.items()]
+    found = [alternative_of(stated, name, *values) for name, values in settings.items()]
     if has_colour:
         found.append(_reversed(stated))
         found.append(_caffe(stated, 255 * unit))
@@ -56,11 +56,33 @@ def alternatives(stated: Preprocessing, images: np.ndarray) -> list[Alternative]
     return [each for each in found if each.reverses or not _is_same(stated, each, top)]
 
 
-def _normalised(
-    stated: Preprocessing, name: str, scale: float, mean: tuple[float, ...], std: tuple[float, ...]
+def alternative_of(
+    stated: Preprocessing,
+    name: str,
+    scale: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    reverses: bool = False,
 ) -> Alternative:
+    """One with other numbers; ``reverses`` the channels of what is stated."""
     changed = stated.model_copy(update={"scale": scale, "mean": mean, "std": std})
-    return Alternative(name=name, preprocessing=changed, next_step=f"Pass {_flags(changed)}.")
+    mode = ""
+    if reverses:
+        is_bgr = stated.image is not None and stated.image.mode == "BGR"
+        mode = f"--mode {'RGB' if is_bgr else 'BGR'} "
+    return Alternative(
+        name=name,
+        preprocessing=changed,
+        reverses=reverses,
+        next_step=f"Pass {mode}{_flags(changed)}.",
+    )
+
+
+def is_another(known: Alternative, other: Alternative, top: float) -> bool:
+    """Whether the two do not give about the same for raw values from 0 to ``top``."""
+    if known.reverses != other.reverses:
+        return True
+    return not _is_same(known.preprocessing, other, top)
 
 
 def _flags(changed: Preprocessing) -> str:

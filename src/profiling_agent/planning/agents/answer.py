@@ -130,7 +130,7 @@ def read_answer(
     """The plan in a model's text, checked against the profile; never raises."""
     if len(text) > MAX_ANSWER:
         return _refused(f"The answer has {len(text):,} characters; at most {MAX_ANSWER:,}.")
-    value, changed = _json_in(text)
+    value, changed = json_in(text)
     if value is None:
         return _refused(f"The answer is not JSON ({_excerpt(text)}). Answer with one object.")
     try:
@@ -166,7 +166,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
-def _json_in(text: str) -> tuple[Any, tuple[str, ...]]:
+def json_in(text: str) -> tuple[Any, tuple[str, ...]]:
     """The JSON value of the text; from a fence or between the outer braces when there is more."""
     value = _loaded(text.strip())
     if value is not None:
