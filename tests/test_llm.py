@@ -645,6 +645,9 @@ def test_an_unknown_cost_is_not_zero() -> None:
     assert client.usage.cost_usd == 0.01 and client.usage.no_cost == ""
     client.ask(question("2"))
     assert client.usage.cost_usd is None and client.usage.no_cost == "no price list"
+    with pytest.raises(LlmUnavailable, match=r"costs is not known \(no price list\)") as caught:
+        client.ask(question("3"))  # a limit in dollars that nobody can keep
+    assert caught.value.is_final
 
 
 def test_an_interrupted_request_is_kept(tmp_path: Path) -> None:

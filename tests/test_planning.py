@@ -37,11 +37,11 @@ from profiling_agent.planning.estimate import (
 )
 from profiling_agent.planning.history import Pair, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
-from profiling_agent.planning.solver import solve
+from profiling_agent.planning.solver import Solver, solve
 from profiling_agent.records.common import Budget, Interval, NotMeasured
 from profiling_agent.records.evaluation import Speedup
-from profiling_agent.records.patterns import assign, matches, units_kept
-from profiling_agent.records.plan import Plan, PruningLine, Quantization
+from profiling_agent.records.patterns import assign, exactly, matches, units_kept
+from profiling_agent.records.plan import MAX_PATTERN_LENGTH, Plan, PruningLine, Quantization
 from profiling_agent.records.profile import (
     DeployedWidths,
     GroupCost,
@@ -1007,3 +1007,18 @@ def test_a_speedup_must_lie_above_one_with_its_whole_interval() -> None:
         trial=make_trial("t1"), evaluation=evaluation, over_control=None, samples_to_prove=None
     )
     assert conclude([final], None, BASELINE, BUDGET, []).kind == "INFEASIBLE"
+
+
+@pytest.mark.parametrize("name", ["a.b", "mlp:" + "deep.er." * 60 + "fc1", "(" * 300, "é\\" * 150])
+def test_every_name_has_a_pattern(name: str) -> None:
+    pattern = exactly(name)
+    assert len(pattern) <= MAX_PATTERN_LENGTH
+    assert matches(pattern, [name, f"{name}2", f"x{name}", "a_b"]) == [name]
+
+
+def test_groups_with_endless_names_are_planned_for() -> None:
+    long = "channels:" + "inner." * 60 + "conv"
+    profile = profile_of(groups=(group_of(long, 64, [(0.25, 0.2, 0.002), (0.5, 0.4, 0.006)]),))
+    proposal = Solver().propose(profile, controls_of(), BUDGET, 0)
+    assert proposal is not None and proposal.plan.pruning
+    assert assign(proposal.plan, [long])

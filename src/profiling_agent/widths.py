@@ -14,8 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import regex
-
 from profiling_agent.errors import MissingDependency, PlanError, TrialError
 from profiling_agent.evaluation.measure import Protocol, race
 from profiling_agent.evaluation.predictor import Predictor
@@ -24,7 +22,7 @@ from profiling_agent.planning.history import Pair, pair_of
 from profiling_agent.profiling.group_costs import levels
 from profiling_agent.profiling.width_cache import WidthCache
 from profiling_agent.records.common import NotMeasured
-from profiling_agent.records.patterns import units_kept
+from profiling_agent.records.patterns import exactly, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import DeployedWidths, GroupCost, Profile, SharePoint
 from profiling_agent.records.trial import Trial
@@ -146,9 +144,7 @@ def _measure(
     plan = Plan(
         runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
         pruning=tuple(
-            PruningLine(
-                match=regex.escape(group.id, special_only=True), ratio=ratio, importance="magnitude"
-            )
+            PruningLine(match=exactly(group.id), ratio=ratio, importance="magnitude")
             for group in groups
         ),
         quantization=Quantization(scheme=pair.scheme),

@@ -120,6 +120,12 @@ class Client:
             reached = f"{limits.max_requests:,} requests"
         elif spent.input_tokens + spent.output_tokens >= limits.max_tokens:
             reached = f"{limits.max_tokens:,} tokens"
+        elif limits.max_cost_usd is not None and spent.output_tokens and spent.cost_usd is None:
+            raise LlmUnavailable(
+                f"What {self.provider.name} costs is not known ({spent.no_cost}), so a limit in "
+                "dollars can't be kept. Limit tokens in its place.",
+                is_final=True,
+            )
         elif limits.max_cost_usd is not None and cost >= limits.max_cost_usd:
             reached = f"{limits.max_cost_usd:g} USD"
         elif self._granted(seconds) <= 0:

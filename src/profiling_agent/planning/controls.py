@@ -9,8 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import regex
-
 from profiling_agent.planning.estimate import (
     group_options,
     predict_kl,
@@ -27,7 +25,7 @@ from profiling_agent.planning.history import (
 )
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
-from profiling_agent.records.patterns import assign, units_kept
+from profiling_agent.records.patterns import assign, exactly, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
@@ -55,7 +53,7 @@ def _proposal(
 ) -> Proposal:
     widths = {group.id: group.width for group in profile.groups}
     lines = tuple(
-        PruningLine(match=regex.escape(group_id, special_only=True), ratio=ratio)
+        PruningLine(match=exactly(group_id), ratio=ratio)
         for group_id, ratio in sorted(ratios.items())
         if units_kept(widths[group_id], ratio) < widths[group_id]
     )

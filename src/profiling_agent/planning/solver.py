@@ -15,7 +15,6 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import regex
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
@@ -38,7 +37,7 @@ from profiling_agent.planning.history import (
 )
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
-from profiling_agent.records.patterns import assign, matches, units_kept
+from profiling_agent.records.patterns import assign, exactly, matches, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization, Repair
 from profiling_agent.records.profile import GroupCost, Profile
 from profiling_agent.records.trial import Trial
@@ -276,10 +275,10 @@ def repair_for(group_ids: Collection[str]) -> Repair:
 def make_plan(pair: Pair, ratios: dict[str, float], floats: set[str], seed: int, why: str) -> Plan:
     """The plan that prunes these groups, keeps these layers float and repairs as suits them."""
     lines = tuple(
-        PruningLine(match=regex.escape(group_id, special_only=True), ratio=ratio)
+        PruningLine(match=exactly(group_id), ratio=ratio)
         for group_id, ratio in sorted(ratios.items())
     )
-    keep = tuple(regex.escape(name, special_only=True) for name in sorted(floats))
+    keep = tuple(exactly(name) for name in sorted(floats))
     return Plan(
         seed=seed,
         runtime=pair.runtime,  # pyright: ignore[reportArgumentType]

@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import regex
-
 from profiling_agent.errors import MissingDependency
 from profiling_agent.planning.check import check_plan
 from profiling_agent.planning.controls import best_pair
@@ -37,7 +35,7 @@ from profiling_agent.planning.history import Pair, search_drop, trial_value
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.planning.solver import expected, make_plan
 from profiling_agent.records.common import Budget
-from profiling_agent.records.patterns import units_kept
+from profiling_agent.records.patterns import exactly, units_kept
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import GroupCost, Profile
 from profiling_agent.records.trial import Trial
@@ -143,7 +141,7 @@ class Space:
         ratios = {line.match: line.ratio for line in plan.pruning}
         params: Params = {PAIR: _label(pair)}
         for group_id, levels in self.levels.items():
-            ratio = ratios.pop(_pattern(group_id), 0.0)
+            ratio = ratios.pop(exactly(group_id), 0.0)
             if ratio not in levels:
                 return None
             params[_ratio_name(group_id)] = levels.index(ratio)
@@ -151,7 +149,7 @@ class Space:
         if pair in self.layers:
             name, layers = self.layers[pair]
             params[name] = len(floats)
-            floats -= {_pattern(layer) for layer in layers[: min(len(floats), len(layers) - 1)]}
+            floats -= {exactly(layer) for layer in layers[: min(len(floats), len(layers) - 1)]}
         return None if ratios or floats else params
 
 
@@ -164,10 +162,6 @@ def _label(pair: Pair) -> str:
 
 def _ratio_name(group_id: str) -> str:
     return f"ratio of {group_id}"
-
-
-def _pattern(name: str) -> str:
-    return regex.escape(name, special_only=True)
 
 
 def space_of(profile: Profile, history: Sequence[Trial], budget: Budget) -> Space:

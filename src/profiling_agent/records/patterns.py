@@ -32,6 +32,20 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
     return list(_matches(pattern, tuple(names)))
 
 
+def exactly(name: str) -> str:
+    """The pattern of one name; of one too long for a pattern its ends, with anything between.
+
+    >>> exactly("mlp:blocks.0.fc1")
+    'mlp:blocks\\.0\\.fc1'
+    """
+    whole = regex.escape(name, special_only=True)
+    if len(whole) <= MAX_PATTERN_LENGTH:
+        return whole
+    size = (MAX_PATTERN_LENGTH - 2) // 4  # an escaped character takes two places
+    head, tail = (regex.escape(part, special_only=True) for part in (name[:size], name[-size:]))
+    return f"{head}.*{tail}"
+
+
 @lru_cache(maxsize=4096)
 def _matches(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """Remembered, since a plan is looked at many times and a pattern may just be in time."""
