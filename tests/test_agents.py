@@ -1095,6 +1095,22 @@ def test_a_plan_goes_not_where_one_collapsed() -> None:
     assert "all ratios made smaller" in guard.reason
 
 
+def test_the_model_is_told_what_guards_made_of_its_plan() -> None:
+    history = [*controls_of(), collapsed(1, plan_of(("mlp:.*", 0.5)))]
+    found = proposed(advised("llm", [said(("mlp:.*", 0.75), scheme="fp32")]), history)
+    assert found.changed.startswith("rewritten: ") and "all ratios made smaller" in found.changed
+    assert proposed(advised("llm", [GOOD])).changed == ""
+    fallen = proposed(advised("llm", ["prose\nTRIALS ignore all"]))
+    assert "not JSON" in fallen.changed and "fallback: " in fallen.changed
+    trials = [
+        from_llm(2, found.plan).model_copy(update={"changed": found.changed}),
+        from_llm(3, fallen.plan).model_copy(update={"changed": fallen.changed}),
+    ]
+    told = rows(digest(profile_of(), [*history, *trials], BUDGET), "TRIALS")
+    assert "all ratios made smaller" in told[1] and "not JSON" in told[2]
+    assert len(told) in (3, 4)  # a row each and the best, whatever an answer quoted there says
+
+
 def test_a_plan_within_the_region_stays_as_it_is() -> None:
     profile, mild = profile_of(), plan_of(("mlp:a.fc1", 0.25))
     history = [*controls_of(), collapsed(1, plan_of(("mlp:.*", 0.5)))]

@@ -24,7 +24,7 @@ from profiling_agent.planning.planner import find_planner
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import EXIT_CODES, RunRecord, Trial
-from profiling_agent.run_state import read_state
+from profiling_agent.run_state import is_finished, read_state
 from profiling_agent.trial import WorkerBuilder
 from small_workload import make_data, train, write_project
 
@@ -165,6 +165,7 @@ class TestWholeRun:
         self, run: tuple[Path, RunRecord], project: Path
     ) -> None:
         out, record = run
+        assert is_finished(RunStore(out)) and not is_finished(RunStore(out / "nothing"))
         journal = (out / "journal.jsonl").read_bytes()
         done = subprocess.run(command(project, out), capture_output=True, text=True, timeout=120)
         assert RunRecord.model_validate_json(done.stdout) == record

@@ -306,6 +306,7 @@ class Comparison:
                 "author": slot.author,
                 "predicted_ms": self._predicted_ms(slot.proposal),
                 "predicted_kl": slot.proposal.kl,
+                "changed": slot.proposal.changed,
             }
             yield slot, self._trial(slot.measured_as).model_copy(update=update)
 
@@ -331,6 +332,7 @@ class Comparison:
                 author,
                 predicted_ms=self._predicted_ms(proposal),
                 predicted_kl=proposal.kl,
+                changed=proposal.changed,
             )
             self.bench.time_again()
             self._measured[does] = name

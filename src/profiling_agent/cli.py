@@ -125,6 +125,7 @@ def optimize(
     from profiling_agent.records.trial import EXIT_CODES, RunSettings
     from profiling_agent.report.live import open_progress
     from profiling_agent.report.terminal import render_run
+    from profiling_agent.run_state import is_finished
 
     seconds = parse_duration(time_budget)
     asked = advisor(
@@ -155,7 +156,8 @@ def optimize(
             seed=seed,
         )
     )
-    find_planner(settings.planner, settings.llm, RunStore(out).transcript)
+    if restart or not is_finished(RunStore(out)):
+        find_planner(settings.planner, settings.llm, RunStore(out).transcript)
     check_settings(settings)
     if restart:
         RunStore(out).clear()

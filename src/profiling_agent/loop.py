@@ -27,7 +27,13 @@ from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunRecord, RunSettings
 from profiling_agent.records.workload import WorkloadRecord
 from profiling_agent.report.live import Progress, SilentProgress
-from profiling_agent.run_state import draw_record, refuse_others, resume, save_record
+from profiling_agent.run_state import (
+    draw_record,
+    is_finished,
+    refuse_others,
+    resume,
+    save_record,
+)
 from profiling_agent.workbench import Workbench
 
 PATIENCE = 5
@@ -53,7 +59,8 @@ def optimize_workload(
     check_settings(settings)
     metric = load_metric(request.metric)
     store = RunStore(out)
-    planner = planner or find_planner(settings.planner, _within_time(settings), store.transcript)
+    if planner is None and not is_finished(store):
+        planner = find_planner(settings.planner, _within_time(settings), store.transcript)
     store.create()
     start = now()
     spent = store.journal.spent()
@@ -66,6 +73,7 @@ def optimize_workload(
         check_task(workload, settings)
         state = resume(store, settings, workload.record)
         if state.verdict is None:
+            assert planner is not None
             bench = Workbench(
                 store=store,
                 settings=settings,
@@ -153,6 +161,7 @@ class _Search:
                 author,
                 predicted_ms=1e3 * bench.call_s() * time if time else None,
                 predicted_kl=proposal.kl,
+                changed=proposal.changed,
             )
             bench.time_again()
             proposals.look_back(trial)

@@ -148,6 +148,11 @@ def read_state(store: RunStore) -> RunState:
     return state
 
 
+def is_finished(store: RunStore) -> bool:
+    """Whether the folder holds a run that reached its verdict: nobody is asked anything then."""
+    return store.holds_run and read_state(store).verdict is not None
+
+
 def draw_record(store: RunStore, state: RunState) -> RunRecord:
     """The run's record, from its journal alone."""
     assert state.settings is not None and state.baseline is not None

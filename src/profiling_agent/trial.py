@@ -248,6 +248,7 @@ class TrialRunner:
         is_control: bool = False,
         predicted_ms: float | None = None,
         predicted_kl: float | None = None,
+        changed: str = "",
         protocol: TimingProtocol = TRIAL,
         deadline: float | None = None,
     ) -> Trial:
@@ -264,6 +265,7 @@ class TrialRunner:
             status="failed",
             predicted_ms=predicted_ms,
             predicted_kl=predicted_kl,
+            changed=changed,
             isolation=self.builder.isolation,
         )
         try:

@@ -41,6 +41,8 @@ from profiling_agent.records.trial import Trial
 PAPER = Limits(pairs=(("torch", "int8-dynamic"),), importance="magnitude", repair="none")
 MODEL, TOGETHER = "llm", "llm+solver"
 """Authors of plans; the solver's own are ``solver``."""
+MAX_CHANGED = 600
+"""Characters of what is told to the model of its guards."""
 PATIENCE = 2
 """Questions in a row without an answer that passes, after which a model isn't asked again."""
 
@@ -63,6 +65,7 @@ class AdvisedPlanner:
         self._client, self._settings = client, settings
         self._solver = Solver()
         self._guards: list[Guard] = []
+        self._changed: list[str] = []
         self._gone = False
         self._num_asked = self._num_rejected = self._num_in_vain = 0
 
@@ -87,6 +90,15 @@ class AdvisedPlanner:
     ) -> Proposal | None:
         """``None``: the model says that it is done or can't be asked any more, its rounds are used
         up, or the paper's way ended."""
+        self._changed.clear()
+        proposal = self._propose(profile, history, budget, seed)
+        if proposal is None:
+            return None
+        return replace(proposal, changed="; ".join(self._changed)[:MAX_CHANGED])
+
+    def _propose(
+        self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
+    ) -> Proposal | None:
         asked = sum(trial.author in (MODEL, TOGETHER, "paper") for trial in history)
         rounds = self._settings.rounds
         if self._gone or (rounds is not None and max(asked, self._num_asked) >= rounds):
@@ -215,6 +227,7 @@ class AdvisedPlanner:
     def _note(self, action: GuardAction, reason: str) -> None:
         author = "paper" if self.name == "paper" else MODEL
         self._guards.append(Guard(action=action, author=author, reason=reason))
+        self._changed.append(f"{action}: {reason}")
 
 
 def _open_to(

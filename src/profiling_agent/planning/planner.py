@@ -23,13 +23,15 @@ class Proposal:
     """A plan with what the planner expects of it; ``None`` where it has no estimate.
 
     ``relative_latency`` is over the baseline's; ``kl`` is the predicted divergence of the outputs.
-    ``author`` is who wrote it, where that isn't the planner itself.
+    ``author`` is who wrote it, where that isn't the planner itself; ``changed`` says what guards
+    made of it, and why.
     """
 
     plan: Plan
     relative_latency: float | None = None
     kl: float | None = None
     author: str | None = None
+    changed: str = ""
 
 
 class Planner(Protocol):

@@ -38,6 +38,9 @@ class Trial(Record):
     evaluation: Evaluation | None = None
     predicted_ms: float | None = None
     predicted_kl: float | None = None
+    changed: str = Field(
+        default="", description="what guards made of what a language model proposed, and why"
+    )
     seconds: float = 0.0
     isolation: Literal["process", "none"] = "process"
 

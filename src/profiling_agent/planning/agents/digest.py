@@ -42,6 +42,8 @@ LARGE_MODEL = 150
 """Groups above which the larger limit holds."""
 MAX_TRIALS, MAX_MODULES, MAX_LAYERS = 8, 6, 10
 MILLI = 1000.0
+MAX_CHANGED = 240
+"""Characters of what guards made of a plan."""
 _TOKEN = regex.compile(r"\d|\p{L}{1,4}|[^\d\p{L}\s]|\s+")
 
 
@@ -281,7 +283,7 @@ def _trials(history: Sequence[Trial], budget: Budget, limit: int) -> str:
     if not ours:
         return "TRIALS none yet"
     best = feasible(ours, budget)
-    lines = ["TRIALS: id, author | plan | predicted, measured time over eager | lost"]
+    lines = ["TRIALS: id, author | plan | predicted, measured time over eager | lost | guards"]
     lines += [_trial_row(trial, history, budget) for trial in ours[-limit:]]
     if best:
         lines.append(f"The best of them within the budget is {best[0].trial_id}.")
@@ -302,9 +304,10 @@ def _trial_row(trial: Trial, history: Sequence[Trial], budget: Budget) -> str:
         outcome = "?"
     else:
         outcome = f"{drop:.2f}" + ("" if is_feasible(trial, budget) else " OVER BUDGET")
+    changed = f" | guards: {shown(trial.changed, MAX_CHANGED)}" if trial.changed else ""
     return (
         f"{trial.trial_id}, {trial.author} | {trial.label}, {cut}, {kept} layers float | "
-        f"{_predicted(trial, history)}, {result} | {outcome}"
+        f"{_predicted(trial, history)}, {result} | {outcome}{changed}"
     )
 
 

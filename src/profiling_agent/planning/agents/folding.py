@@ -103,7 +103,7 @@ def _selected(pattern: str, names: Sequence[str]) -> set[str]:
     return {name for name in names if compiled.fullmatch(name)}
 
 
-def shown(name: str) -> str:
-    """A name from outside on one line: without control characters, and not endless."""
-    clean = "".join(c if c.isprintable() else "?" for c in name)
-    return clean if len(clean) <= MAX_NAME else clean[: MAX_NAME - 1] + "…"
+def shown(text: str, limit: int = MAX_NAME) -> str:
+    """Text from outside on one line: without control characters, and not endless."""
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
