@@ -49,7 +49,7 @@ def compare(
     workload, minutes = NAMES[name]
     job = WORKLOADS[workload]
     places = {"assets": os.environ.get("PROFILING_AGENT_ASSETS", "")}
-    models = ["--llm", KEYED] if url is None else ["--llm", f"smollm2@{url}", "--llm", KEYED]
+    models = ["--llm", KEYED if url is None else f"smollm2@{url},{KEYED}"]
     wordings = WORDINGS if name == "demo-vit" and not args.quick else "default"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
         out = Path(temporary) / "ablation"
@@ -163,10 +163,10 @@ def main() -> None:
         show(rows[-1])
         if args.json is not None:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    slower = slower_hybrids(rows)
-    for where in slower:
-        print(f"hybrid is slower than the solver: {where}")
-    sys.exit(bool(slower))
+    faults = [f"hybrid is slower than the solver: {where}" for where in slower_hybrids(rows)]
+    faults += [f"{row['workload']} came to no end" for row in rows if "arms" not in row]
+    print("\n".join(faults))
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,9 @@ def first_within(
 ) -> tuple[Trial, Accuracy, Any] | None:
     """The fastest on the search split that is within the drop on the test split too."""
     for trial in feasible(trials, budget)[:MOST_JUDGED]:
-        test, over, _why = comparison.judged(trial.trial_id, reference)
+        test, over, why = comparison.judged(trial.trial_id, reference)
+        if why:
+            print(f"{trial.trial_id}: {why}", flush=True)
         if test is not None and test.drop is not None and test.drop.estimate <= budget.max_drop:
             return trial, test, over
     return None

@@ -943,9 +943,9 @@ def test_what_was_rejected_before_the_model_went_is_kept() -> None:
     planner = advised("llm", ["no", said(scheme="int4"), lost()])
     assert proposed(planner).author == "solver"
     guards = planner.take_guards()
-    assert actions(guards) == ["rejected"] * 3 + ["fallback"]
+    assert actions(guards) == ["rejected"] * 2 + ["unanswered", "fallback"]
     assert "not JSON" in guards[0].reason and "int4" in guards[1].reason
-    assert guards[2].reason == "no answer: Nobody is there."
+    assert guards[2].reason == "Nobody is there."
 
 
 @pytest.mark.parametrize("name", ["llm", "hybrid", "paper"])
@@ -955,7 +955,7 @@ def test_a_model_that_is_gone_has_nothing_left(name: str) -> None:
     found = planner.propose(profile_of(), controls_of(), BUDGET, 0)
     assert (found is None) == (name == "paper")
     guards = planner.take_guards()
-    assert guards[0].reason == "no answer: The key is wrong."
+    assert guards[0].reason == "The key is wrong."
     assert actions(guards[1:]) == ([] if name == "paper" else ["fallback"])
     assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
     assert planner.take_guards() == ()
@@ -1019,7 +1019,7 @@ def test_without_a_model_the_plan_is_the_solvers(name: str) -> None:
     assert own is not None and found.plan == own.plan
     assert found.author == "solver"
     guards = planner.take_guards()
-    assert actions(guards) == ["rejected", "fallback"]
+    assert actions(guards) == ["unanswered", "fallback"]
     assert "Nobody is there." in guards[0].reason
     proposed(planner)
     proposed(planner)
@@ -1059,7 +1059,7 @@ def test_when_the_model_is_gone_for_good_it_is_not_asked_again() -> None:
     second = proposed(planner, history)
     assert second.author == "solver"
     guards = planner.take_guards()
-    assert actions(guards) == ["rejected", "fallback"]
+    assert actions(guards) == ["unanswered", "fallback"]
     assert "1 requests" in guards[0].reason
     for _ in range(2):  # the run goes on with the planner behind it
         assert planner.propose(profile_of(), history, BUDGET, 0) is None
@@ -1299,4 +1299,5 @@ def test_the_paper_ends_at_a_bad_answer(step: str | Exception | Reply) -> None:
     planner = asked_by("paper", provider)
     assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
     assert len(provider.asked) == 1
-    assert actions(planner.take_guards()) == ["rejected"]
+    wanted = "unanswered" if isinstance(step, Exception) else "rejected"
+    assert actions(planner.take_guards()) == [wanted]

@@ -627,7 +627,7 @@ def test_a_megabyte_of_text_is_no_answer() -> None:
     planner = AdvisedPlanner("llm", client_of(provider), LlmSettings(model="scripted"))
     proposal = planner.propose(PROFILE, controls_of(), BUDGET, 0)
     assert proposal is not None and proposal.author == "solver"
-    assert [guard.action for guard in planner.take_guards()] == ["rejected", "fallback"]
+    assert [guard.action for guard in planner.take_guards()] == ["unanswered", "fallback"]
     assert planner.propose(PROFILE, controls_of(), BUDGET, 0) is not None
     assert len(provider.asked) == 2  # the next question may have a better answer
 

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
@@ -42,7 +43,8 @@ from profiling_agent.proposing import is_reserved, objection
 from profiling_agent.records.ablation import AblationRecord, AblationSettings, Arm, Attempt
 from profiling_agent.records.common import Budget, Deployment, Interval
 from profiling_agent.records.evaluation import Accuracy
-from profiling_agent.records.llm import LlmSettings
+from profiling_agent.records.llm import Guard, LlmSettings, LlmUsage
+from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore, read_array, write_array, write_text
 from profiling_agent.records.trial import RunSettings, Trial
@@ -58,6 +60,11 @@ FINAL_SHARE = 0.25
 """Of the comparison's time, at most, that is kept for the test split and the last races."""
 PLANNERS = ("random", "uniform", "greedy", "tpe", "solver")
 ADVISED = ("llm", "hybrid", "paper")
+LLM_SHARE = 0.5
+"""Of the comparison's time, for waiting for language models, all arms together."""
+OUT_OF_TIME = "the time budget ended"
+
+_Judged = tuple[Accuracy | None, Interval | None, str]
 
 
 def ablation_settings(
@@ -85,10 +92,27 @@ def ablation_settings(
     return AblationSettings(
         search=search,
         planners=tuple(planners),
-        models=tuple(model for model in models if model is not None),
+        models=tuple(dict.fromkeys(model for model in models if model is not None)),
         num_seeds=num_seeds,
         time_s=time_s,
     )
+
+
+def check_ablation(settings: AblationSettings) -> None:
+    """``BudgetError`` for a budget, runtime, planner or wording that there is not."""
+    check_settings(settings.search)
+    for name in settings.planners:
+        if name not in (*PLANNERS, *ADVISED):
+            raise BudgetError(
+                f"There is no planner {name!r} to compare. Choose from "
+                f"{', '.join((*PLANNERS, *ADVISED))}."
+            )
+    if "paper" in settings.planners and "torch" not in settings.search.runtimes:
+        raise BudgetError(
+            "The paper's way runs in torch, which --runtime excludes; name --planners without it."
+        )
+    for llm in settings.models:
+        instructions("analysis", llm.prompt)
 
 
 def compare_planners(
@@ -104,15 +128,7 @@ def compare_planners(
     a language model that can't be had leaves its arms empty, with the reason.
     """
     progress = progress or SilentProgress()
-    check_settings(settings.search)
-    for name in settings.planners:
-        if name not in (*PLANNERS, *ADVISED):
-            raise BudgetError(
-                f"There is no planner {name!r} to compare. Choose from "
-                f"{', '.join((*PLANNERS, *ADVISED))}."
-            )
-    for llm in settings.models:
-        instructions("analysis", llm.prompt)
+    check_ablation(settings)
     metric = load_metric(request.metric)
     store = RunStore(out)
     store.create()
@@ -143,16 +159,6 @@ def compare_planners(
     return record
 
 
-@dataclass(kw_only=True)
-class _Walked:
-    """An arm on its way: its record so far, and for each attempt the measured trial's name."""
-
-    arm: Arm
-    planner: Planner
-    tried: list[_Slot] = field(default_factory=list["_Slot"])
-    ended: str = ""
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Slot:
     """An attempt: the proposal and where its measurement is, or why there is none."""
@@ -160,8 +166,23 @@ class _Slot:
     proposal: Proposal | None = None
     author: str = ""
     measured_as: str | None = None
-    is_cached: bool = False
     reason: str = ""
+
+
+@dataclass(kw_only=True)
+class _Walked:
+    """An arm on its way: its record so far, and for each attempt what was proposed."""
+
+    arm: Arm
+    planner: Planner | None = None
+    tried: list[_Slot] = field(default_factory=list["_Slot"])
+    ended: str = ""
+    is_handed_over: bool = False
+    """To the planner behind it, for good."""
+
+    @property
+    def reserve(self) -> Planner | None:
+        return self.planner.reserve if isinstance(self.planner, Advised) else None
 
 
 class Comparison:
@@ -171,20 +192,26 @@ class Comparison:
         self.bench, self.settings, self.state = bench, settings, bench.state
         self.budget = settings.search.budget
         self._unreachable: dict[LlmSettings, str] = {}
-        self._used: set[str] = set()
         self._measured: dict[Hashable, str] = {}
         self._open_models()
 
     def walk(self, profile: Profile | None) -> AblationRecord:
-        """All arms one after the other; without a profile they are empty. The workbench is set up,
-        and its ``time_s`` says when to end."""
+        """All arms, a trial of each in turn and seed by seed; without a profile they are empty.
+
+        The workbench is set up, and its ``time_s`` says when to end.
+        """
         for trial in self.state.trials:
             if profile is not None and not trial.is_control:
                 self._measured.setdefault(effect(trial.plan, profile), trial.trial_id)
-        why = "" if profile is not None else "there is no profile to plan from; see the warnings"
-        walked = [self._walk_arm(arm, profile, why) for arm in self._arms()]
+        walked: list[_Walked] = []
+        for arms in self._arms():
+            seed = [self._opened(arm, profile) for arm in arms]
+            walked += seed
+            while profile is not None and (going := [w for w in seed if self._goes_on(w)]):
+                for each in going:
+                    self._step(each, profile)
         self.bench.runner.builder.close()
-        return self._record(self._compared([self._finished(each) for each in walked]))
+        return self._record(self._compared(self._finished(walked)))
 
     def _open_models(self) -> None:
         """Say at once which language models can't be asked; their arms stay empty."""
@@ -193,47 +220,52 @@ class Comparison:
                 find_planner("llm", llm)
             except (BudgetError, MissingDependency) as error:
                 self._unreachable[llm] = str(error)
-                self.bench.warn(f"{llm.model} is not compared: {error}")
+                self.bench.progress.message(f"{llm.model} is not compared: {error}")
 
-    def _arms(self) -> Iterator[Arm]:
+    def _arms(self) -> Iterator[list[Arm]]:
+        """Seed by seed."""
         first = self.settings.search.seed
         for seed in range(first, first + self.settings.num_seeds):
+            arms: list[Arm] = []
             for planner in self.settings.planners:
-                if planner not in ADVISED:
-                    yield Arm(planner=planner, seed=seed)
-                    continue
-                for llm in self.settings.models or (None,):
-                    yield Arm(planner=planner, seed=seed, llm=llm)
+                models = self.settings.models if planner in ADVISED else ()
+                arms += [Arm(planner=planner, seed=seed, llm=llm) for llm in models or (None,)]
+            yield arms
 
     # ---- one arm
 
-    def _walk_arm(self, arm: Arm, profile: Profile | None, why: str) -> _Walked | Arm:
-        """The arm with its attempts, or as it is with the reason why it has none."""
+    def _opened(self, arm: Arm, profile: Profile | None) -> _Walked:
+        """The arm at its beginning or where an earlier process left it; ended where it can't be
+        walked, with the reason."""
+        walked = _Walked(arm=arm)
         if profile is None:
-            return arm.model_copy(update={"ended": why})
-        if arm.planner in ADVISED and arm.llm is None:
-            return arm.model_copy(update={"ended": "no language model was named"})
-        known = self._unreachable.get(arm.llm) if arm.llm is not None else None
-        if known is not None:
-            return arm.model_copy(update={"ended": known})
-        try:
-            planner = find_planner(
-                arm.planner, arm.llm, self._transcript(arm), is_bare=arm.planner == "llm"
-            )
-        except MissingDependency as error:
-            return arm.model_copy(update={"ended": str(error)})
-        self.bench.progress.stage("arm", name_of(arm))
-        walked = _Walked(arm=arm, planner=planner)
-        while len(walked.tried) < self.budget.max_trials and not walked.ended:
-            self._step(walked, profile)
-            if isinstance(planner, Advised) and (lost := _unreached(walked)):
-                return self._without(walked.arm, lost)
+            walked.ended = "there is no profile to plan from; see the warnings"
+        elif arm.planner in ADVISED and arm.llm is None:
+            walked.ended = "no language model was named"
+        elif arm.llm is not None and arm.llm in self._unreachable:
+            walked.ended = self._unreachable[arm.llm]
+        else:
+            try:
+                walked.planner = find_planner(
+                    arm.planner,
+                    self._within_share(arm.llm),
+                    self._transcript(arm),
+                    is_bare=arm.planner == "llm",
+                )
+            except MissingDependency as error:
+                walked.ended = str(error)
+            else:
+                self._resume(walked)
         return walked
 
-    def _without(self, arm: Arm, reason: str) -> Arm:
-        if arm.llm is not None:
-            self._unreachable[arm.llm] = reason
-        return arm.model_copy(update={"ended": reason})
+    def _within_share(self, llm: LlmSettings | None) -> LlmSettings | None:
+        """Waiting no longer than an arm's share of the time."""
+        if llm is None:
+            return None
+        num_asking = sum(arm.llm is not None for arms in self._arms() for arm in arms)
+        seconds = min(llm.limits.max_seconds, LLM_SHARE * self.settings.time_s / num_asking)
+        limits = llm.limits.model_copy(update={"max_seconds": seconds})
+        return llm.model_copy(update={"limits": limits})
 
     def _transcript(self, arm: Arm) -> Path | None:
         if arm.llm is None:
@@ -242,58 +274,98 @@ class Comparison:
         folder.mkdir(exist_ok=True)
         return folder / f"{arm.planner}-{arm.llm.digest()}-{arm.seed}.jsonl"
 
+    def _goes_on(self, walked: _Walked) -> bool:
+        return not walked.ended and len(walked.tried) < self.budget.max_trials
+
     def _step(self, walked: _Walked, profile: Profile) -> None:
-        """One proposal, and the attempts that it and the answers before it are."""
-        number, history = len(walked.tried) + 1, self._history(walked)
-        planner = walked.planner
-        reserve = planner.reserve if isinstance(planner, Advised) else None
-        if reserve is not None and is_reserved(number, self.budget.max_trials - number + 1):
+        """One proposal, with the attempts that it and the answers before it are; journalled."""
+        if self.bench.left < self._kept() + 1.3 * self.bench.usual_trial_s():
+            walked.ended = OUT_OF_TIME
+            return
+        self.bench.progress.stage("arm", f"{name_of(walked.arm)}, trial {len(walked.tried) + 1}")
+        num_slots, num_guards = len(walked.tried), len(walked.arm.guards)
+        self._propose(walked, profile)
+        self._journal(walked, num_slots, num_guards)
+        if walked.arm.llm is not None and (lost := _unreached(walked)):
+            self._unreachable[walked.arm.llm] = walked.ended = lost
+            walked.tried.clear()
+
+    def _propose(self, walked: _Walked, profile: Profile) -> None:
+        planner, reserve, number = walked.planner, walked.reserve, len(walked.tried) + 1
+        assert planner is not None
+        left = self.budget.max_trials - number + 1
+        if reserve is not None and (walked.is_handed_over or is_reserved(number, left)):
             planner = reserve
         if isinstance(planner, Advised):
             planner.allow(max(0.0, self.bench.left - self._kept()))
+        history = self._history(walked)
         proposal = planner.propose(profile, history, self.budget, walked.arm.seed)
         self._keep_guards(walked)
-        if len(walked.tried) >= self.budget.max_trials or _unreached(walked):
+        if walked.ended or not self._goes_on(walked) or _unreached(walked):
             return
-        if proposal is None and reserve is not None and planner is not reserve:
-            planner = reserve
+        against = None
+        if proposal is not None:
+            against = objection(proposal.plan, profile, history, self.settings.search)
+        if (proposal is None or against) and reserve is not None and planner is not reserve:
+            walked.is_handed_over = True
+            planner, against = reserve, None
             proposal = reserve.propose(profile, history, self.budget, walked.arm.seed)
         if proposal is None:
-            if len(walked.tried) < number:  # no answer was rejected in this step
-                walked.ended = "the planner has nothing left to propose"
-            elif walked.arm.planner == "paper":
+            if walked.arm.planner == "paper" and len(walked.tried) >= number:
                 walked.ended = "an answer that does not pass ends the paper's way"
+            elif len(walked.tried) < number:  # else an answer was rejected, and the next may pass
+                walked.ended = "the planner has nothing left to propose"
             return
-        author = proposal.author or planner.name
-        against = objection(proposal.plan, profile, history, self.settings.search)
-        if against is not None:
+        if against:
             walked.tried.append(_Slot(reason=against))
             walked.ended = "a plan that can't be used, and the planner would say the same again"
             return
-        slot = self._carried_out(proposal, author, profile)
-        if slot is None:
-            walked.ended = "the time budget ended"
-            return
+        name = self._carried_out(proposal, proposal.author or planner.name, profile)
+        slot = _Slot(proposal=proposal, author=proposal.author or planner.name, measured_as=name)
         walked.tried.append(slot)
 
     def _keep_guards(self, walked: _Walked) -> None:
-        """Guards go into the arm; a bare planner's rejected answers are its attempts."""
+        """Guards go into the arm; a bare planner's rejected answers are its attempts, and one that
+        gets no answer is at its end."""
         planner = walked.planner
         if not isinstance(planner, Advised):
             return
-        guards = planner.take_guards()
-        for guard in guards:
-            is_trial = guard.action == "rejected" and planner.reserve is None
-            if is_trial and len(walked.tried) < self.budget.max_trials:
+        stands_alone, guards = planner.reserve is None, list(walked.arm.guards)
+        for guard in planner.take_guards():
+            number = len(walked.tried) + 1
+            if stands_alone and guard.action == "rejected":
+                if number > self.budget.max_trials:
+                    continue
                 walked.tried.append(_Slot(reason=guard.reason))
-        numbered = [g.model_copy(update={"trial_id": f"t{len(walked.tried) + 1}"}) for g in guards]
-        update = {"guards": (*walked.arm.guards, *numbered), "usage": planner.usage}
+            elif stands_alone and guard.action == "unanswered":
+                walked.ended = f"no answer: {guard.reason}"
+            guards.append(guard.model_copy(update={"trial_id": f"t{number}"}))
+        update = {"guards": tuple(guards), "usage": planner.usage}
         walked.arm = walked.arm.model_copy(update=update)
+
+    def _carried_out(self, proposal: Proposal, author: str, profile: Profile) -> str:
+        """The trial that measured what the plan does, taken now if there is none."""
+        does = effect(proposal.plan, profile)
+        if does not in self._measured:
+            name = f"a{sum(not trial.is_control for trial in self.state.trials) + 1}"
+            self.bench.try_plan(
+                name,
+                proposal.plan,
+                author,
+                predicted_ms=self._predicted_ms(proposal),
+                predicted_kl=proposal.kl,
+                changed=proposal.changed,
+            )
+            self.bench.time_again()
+            self._measured[does] = name
+        return self._measured[does]
 
     def _history(self, walked: _Walked) -> tuple[Trial, ...]:
         """The controls and the arm's own trials, as if nobody else had been there."""
-        controls = [trial for trial in self.state.trials if trial.is_control]
-        return (*controls, *(t for _, t in self._trials(walked) if t is not None))
+        return (*self._controls(), *(t for _, t in self._trials(walked) if t is not None))
+
+    def _controls(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.state.trials if trial.is_control)
 
     def _trials(self, walked: _Walked) -> Iterator[tuple[_Slot, Trial | None]]:
         for number, slot in enumerate(walked.tried, 1):
@@ -317,40 +389,52 @@ class Comparison:
         time = proposal.relative_latency
         return 1e3 * self.bench.call_s() * time if time else None
 
-    def _carried_out(self, proposal: Proposal, author: str, profile: Profile) -> _Slot | None:
-        """The measurement of the plan, taken now if nobody had it; ``None``: no time for that."""
-        does = effect(proposal.plan, profile)
-        name = self._measured.get(does)
-        if name is None:
-            if self.bench.left < self._kept() + 1.3 * self.bench.usual_trial_s():
-                return None
-            num_ours = sum(1 for trial in self.state.trials if not trial.is_control)
-            name = f"a{num_ours + 1}"
-            self.bench.try_plan(
-                name,
-                proposal.plan,
-                author,
-                predicted_ms=self._predicted_ms(proposal),
-                predicted_kl=proposal.kl,
-                changed=proposal.changed,
-            )
-            self.bench.time_again()
-            self._measured[does] = name
-        is_cached = name in self._used
-        self._used.add(name)
-        return _Slot(proposal=proposal, author=author, measured_as=name, is_cached=is_cached)
-
     def _kept(self) -> float:
         """Seconds kept for the end."""
         each = self.bench.reserve(num_artefacts=1)
-        return min(FINAL_SHARE * self.settings.time_s, each * len(set(self.settings.planners)))
+        num_arms = len(self.settings.planners) * self.settings.num_seeds
+        wanted = min(FINAL_SHARE * self.settings.time_s, each * num_arms)
+        return max(wanted, self.bench.reserve())
+
+    # ---- the journal
+
+    def _journal(self, walked: _Walked, num_slots: int, num_guards: int) -> None:
+        """What a step has added to an arm."""
+        arm = walked.arm
+        event = {
+            "arm": _key(arm),
+            "slots": [_slot_as_data(slot) for slot in walked.tried[num_slots:]],
+            "guards": [guard.model_dump(mode="json") for guard in arm.guards[num_guards:]],
+            "usage": arm.usage and arm.usage.model_dump(mode="json"),
+            "ended": walked.ended,
+            "is_handed_over": walked.is_handed_over,
+        }
+        self.bench.store.journal.append("arm", event)
+
+    def _resume(self, walked: _Walked) -> None:
+        """The attempts that an earlier process made: none is proposed or asked for again."""
+        for kind, data in self.bench.store.journal.events():
+            if kind != "arm" or data["arm"] != _key(walked.arm):
+                continue
+            walked.tried += [_slot_of_data(slot) for slot in data["slots"]]
+            guards = tuple(Guard.model_validate(guard) for guard in data["guards"])
+            usage = data["usage"] and LlmUsage.model_validate(data["usage"])
+            update = {"guards": (*walked.arm.guards, *guards), "usage": usage}
+            walked.arm = walked.arm.model_copy(update=update)
+            walked.ended, walked.is_handed_over = data["ended"], data["is_handed_over"]
 
     # ---- what came of it
 
-    def _finished(self, walked: _Walked | Arm) -> Arm:
-        if isinstance(walked, Arm):
-            return walked
-        controls = [trial for trial in self.state.trials if trial.is_control]
+    def _finished(self, walked: list[_Walked]) -> list[Arm]:
+        used: set[str] = set()
+        return [self._as_record(each, used) for each in walked]
+
+    def _as_record(self, walked: _Walked, used: set[str]) -> Arm:
+        """The arm with its attempts; ``used`` are the measurements of the arms before it."""
+        if walked.planner is None or (walked.arm.llm in self._unreachable and not walked.tried):
+            return walked.arm.model_copy(update={"ended": walked.ended})
+        baseline, controls = self.state.baseline, self._controls()
+        assert baseline is not None
         attempts: list[Attempt] = []
         gains = [self._best_gain(controls)]
         seen, names = list(controls), {trial.trial_id: trial.trial_id for trial in controls}
@@ -363,14 +447,13 @@ class Comparison:
                     number=number,
                     trial=trial,
                     measured_as=slot.measured_as,
-                    is_cached=slot.is_cached,
+                    is_cached=slot.measured_as in used,
                     reason=slot.reason,
                 )
             )
             gains.append(self._best_gain(seen))
+        used |= {attempt.measured_as for attempt in attempts if attempt.measured_as is not None}
         best = feasible(seen, self.budget)
-        baseline = self.state.baseline
-        assert baseline is not None
         return walked.arm.model_copy(
             update={
                 "attempts": tuple(attempts),
@@ -381,30 +464,29 @@ class Comparison:
             }
         )
 
-    def _best_gain(self, trials: list[Trial]) -> float | None:
+    def _best_gain(self, trials: Sequence[Trial]) -> float | None:
         baseline, best = self.state.baseline, feasible(trials, self.budget)
         return gain(best[0], baseline, self.budget) if best and baseline else None
 
     def _compared(self, arms: list[Arm]) -> list[Arm]:
         """The arms with their best one's accuracy on the test split and its race against the
-        reference's; each artefact is judged once."""
-        reference = next(
-            (arm.best_id for arm in arms if arm.planner == self._reference() and arm.best_id), None
-        )
-        finals: dict[str, tuple[Accuracy | None, Interval | None, str]] = {}
-        for arm in arms:
-            name = arm.best_id
-            if name is not None and name not in finals:
-                self.bench.progress.stage("test split", self._trial(name).label)
-                finals[name] = self.judged(name, reference)
+        best of the reference's seeds; each artefact is judged once."""
+        references = [arm for arm in arms if arm.planner == self._reference() and arm.best_id]
+        best = max(references, key=lambda arm: arm.gains[-1] or 0.0, default=None)
+        reference = best.best_id if best else None
+        finals: dict[str, _Judged] = {}
         compared: list[Arm] = []
         for arm in arms:
-            if arm.best_id is not None:
-                test, over, why = finals[arm.best_id]
+            name = arm.best_id
+            if name is not None:
+                if name not in finals:
+                    self.bench.progress.stage("test split", self._trial(name).label)
+                    finals[name] = self.judged(name, reference)
+                test, over, why = finals[name]
                 update = {
                     "test": test,
                     "over_reference": over,
-                    "same_as_reference": arm.best_id == reference,
+                    "same_as_reference": name == reference,
                     "not_compared": why,
                 }
                 arm = arm.model_copy(update=update)
@@ -414,21 +496,28 @@ class Comparison:
     def _reference(self) -> str:
         return REFERENCE if REFERENCE in self.settings.planners else self.settings.planners[0]
 
-    def judged(
-        self, name: str, reference: str | None
-    ) -> tuple[Accuracy | None, Interval | None, str]:
+    def judged(self, name: str, reference: str | None) -> _Judged:
         """A measured trial's accuracy on the test split, the reference's latency over its own from
-        one race, and why one of them is missing, else an empty text."""
+        one race, and why one of them is missing, else an empty text. Journalled."""
+        for kind, data in self.bench.store.journal.events():
+            if kind == "judged" and (data["name"], data["reference"]) == (name, reference):
+                over = data["over"] and Interval.model_validate(data["over"])
+                return Accuracy.model_validate(data["test"]), over, ""
         if self.bench.left < 0:
-            return None, None, "the time budget ended"
+            return None, None, OUT_OF_TIME
+        test: Accuracy | None = None
+        over: Interval | None = None
         try:
             with quiet(self.bench.progress):
                 test = self._on_test(name)
-                if reference in (None, name):
-                    return test, None, ""
-                return test, self._raced(name, reference), ""
+                if reference not in (None, name):
+                    over = self._raced(name, reference)
         except (TrialError, ArtefactError, BudgetError) as error:
-            return None, None, str(error)
+            return test, over, str(error)
+        event = {"name": name, "reference": reference, "test": test.model_dump(mode="json")}
+        event["over"] = over and over.model_dump(mode="json")
+        self.bench.store.journal.append("judged", event)
+        return test, over, ""
 
     def _on_test(self, name: str) -> Accuracy:
         bench = self.bench
@@ -461,7 +550,8 @@ class Comparison:
     def _record(self, arms: list[Arm]) -> AblationRecord:
         state = self.state
         assert state.baseline is not None and state.machine is not None
-        controls = tuple(trial for trial in state.trials if trial.is_control)
+        controls = self._controls()
+        measured = {attempt.measured_as for arm in arms for attempt in arm.attempts} - {None}
         return AblationRecord(
             package_version=package_version(),
             machine=state.machine,
@@ -473,7 +563,7 @@ class Comparison:
             reference_drop=reference_drop(self.budget),
             reference=self._reference(),
             arms=tuple(arms),
-            num_measured=len(self._used),
+            num_measured=len(measured),
             seconds=self.bench.store.journal.clock(),
             warnings=tuple(state.warnings),
         )
@@ -488,9 +578,39 @@ def name_of(arm: Arm) -> str:
 def _unreached(walked: _Walked) -> str:
     """Why nothing was ever answered to the arm, or an empty text: such an arm shows the solver."""
     usage = walked.arm.usage
-    if usage is None or usage.output_tokens:
+    if usage is None or usage.answered:
         return ""
-    for guard in walked.arm.guards:
-        if guard.action == "rejected" and guard.reason.startswith("no answer: "):
-            return guard.reason.removeprefix("no answer: ")
-    return ""
+    lost = (guard.reason for guard in walked.arm.guards if guard.action == "unanswered")
+    return next(lost, "")
+
+
+def _key(arm: Arm) -> str:
+    return f"{name_of(arm)}, {arm.llm.digest()}" if arm.llm is not None else name_of(arm)
+
+
+def _slot_as_data(slot: _Slot) -> dict[str, Any]:
+    proposal = slot.proposal
+    return {
+        "author": slot.author,
+        "measured_as": slot.measured_as,
+        "reason": slot.reason,
+        "proposal": proposal
+        and {
+            "plan": proposal.plan.model_dump(mode="json"),
+            "relative_latency": proposal.relative_latency,
+            "kl": proposal.kl,
+            "author": proposal.author,
+            "changed": proposal.changed,
+        },
+    }
+
+
+def _slot_of_data(data: dict[str, Any]) -> _Slot:
+    kept = data["proposal"]
+    plan = kept and Plan.model_validate(kept["plan"])
+    return _Slot(
+        proposal=Proposal(**kept | {"plan": plan}) if kept else None,
+        author=data["author"],
+        measured_as=data["measured_as"],
+        reason=data["reason"],
+    )

@@ -284,11 +284,11 @@ class _Checkup:
         if not others:
             self._skip("preprocessing", "the inputs are not images given as bytes")
             return None
-        others = self._with_asked(others, sample)
         most = min(MAX_TRIED, len(right) // 2)
         if most < MIN_JUDGES:
             self._skip("preprocessing", f"{len(right)} samples can't tell alternatives apart")
             return None
+        others = self._with_asked(others, sample)
         tried = self._tried(others, labels, most)
         if not tried:
             self._skip("preprocessing", f"too little time for {len(others)} alternatives")

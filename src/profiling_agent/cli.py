@@ -196,9 +196,9 @@ def ablate(
     time_budget: Annotated[str, typer.Option(help="of the whole comparison")] = "1h",
     out: Annotated[Path, typer.Option(help="folder of the comparison")] = Path("ablation"),
     llm: Annotated[
-        list[str] | None,
+        str | None,
         typer.Option(
-            help="language models, one for each --llm; MODEL@URL for an endpoint that speaks "
+            help="language models, comma separated; MODEL@URL for an endpoint that speaks "
             "OpenAI's chat completions"
         ),
     ] = None,
@@ -222,7 +222,7 @@ def ablate(
     json: Json = False,
 ) -> None:
     """Compare planners on one model: same plans to choose from, as many trials for each."""
-    from profiling_agent.ablation import ablation_settings, compare_planners
+    from profiling_agent.ablation import ablation_settings, check_ablation, compare_planners
     from profiling_agent.preconditions import default_drop
     from profiling_agent.records.common import Budget
     from profiling_agent.records.store import RunStore
@@ -238,7 +238,7 @@ def ablate(
             max_answer_tokens=max_llm_answer,
             max_cost_usd=max_llm_cost,
         )
-        for each in llm or ()
+        for each in (listed("--llm", llm) if llm is not None else ())
         for wording in listed("--llm-prompts", llm_prompts)
     ]
     seconds = parse_duration(time_budget)
@@ -259,6 +259,7 @@ def ablate(
             time_s=seconds,
         )
     )
+    check_ablation(settings)
     if restart:
         RunStore(out).clear()
     progress = open_progress(seconds, unit=request.unit)

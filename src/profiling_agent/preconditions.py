@@ -34,6 +34,8 @@ def check_settings(settings: RunSettings) -> None:
         raise BudgetError(f"There is no runtime {unknown[0]!r}; choose from {', '.join(RUNTIMES)}.")
     if not settings.runtimes:
         raise BudgetError(f"No runtime was named; choose from {', '.join(RUNTIMES)}.")
+    if settings.planner == "paper" and "torch" not in settings.runtimes:
+        raise BudgetError("The paper's way runs in torch, which --runtime excludes.")
 
 
 def check_task(workload: Workload, settings: RunSettings) -> None:

@@ -33,8 +33,8 @@ Ask = Callable[[Conversation], Reply]
 PROMPTS = Path(__file__).parent / "prompts"
 MAX_ANSWERS = 2
 MAX_MODULES, MAX_CLASSES, MAX_ECHO = 80, 20, 2000
-MAX_VALUES = 50_000_000
-"""Of one sample of a shape that is tried: 200 MB in float32."""
+MAX_VALUES = 5_000_000
+"""Of one sample of a shape that is tried: what it computes may take many times as much."""
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -75,14 +75,16 @@ def ask_preprocessing(
     found, notes = _asked(ask, "preprocessing", text, _Ways)
     others: list[Alternative] = []
     for way in found.ways if found is not None else ():
-        channels = {len(each) for each in (way.mean, way.std)} - {0, 1}
-        if any(value <= 0 for value in way.std) or channels - {_num_channels(stated, images)}:
+        lengths = {len(each) for each in (way.mean, way.std)} - {0, 1}
+        channels = _num_channels(stated, images)
+        misfits = lengths - {channels} or (way.reversed and channels != 3)
+        if misfits or any(value <= 0 for value in way.std):
             notes.append("a normalisation was left out: its numbers don't fit the channels")
             continue
         other = alternative_of(
             stated, "as a language model thinks", way.scale, way.mean, way.std, way.reversed
         )
-        top = 1.0 if images.dtype != np.uint8 else 255.0
+        top = 255.0 if images.max() > 1.5 else 1.0
         if all(is_another(each, other, top) for each in (_as_stated(stated), *known, *others)):
             others.append(other)
     return others, notes

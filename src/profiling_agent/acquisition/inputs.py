@@ -22,6 +22,8 @@ from profiling_agent.acquisition.workload import compute_logits, compute_output
 from profiling_agent.errors import DataError, ModelError
 from profiling_agent.records.workload import InputSpec, Preprocessing
 
+RULES = ("configuration", "probing")
+"""What finds shapes by itself: one of these that forward takes, to no good end, ends the search."""
 SIDES = (224, 32, 28, 64, 96, 128, 256, 384)
 LENGTHS = (16, 32, 64, 128)
 CONFIGURATIONS = ("pretrained_cfg", "default_cfg", "config", "cfg")
@@ -227,9 +229,9 @@ def resolve_without_data(
         try:
             values = random_input(model, spec, 2, seed=0)
             shape = prove(model, {spec.name: values}, wants_classes=wants_classes)
-        except ModelError:
-            raise
         except Exception as error:  # whatever the user's forward raises
+            if isinstance(error, ModelError) and spec.found_by in RULES:
+                raise
             failure = failure or error
             tried.append(Tried(spec=spec, error=f"{type(error).__name__}: {_first_line(error)}"))
             continue

@@ -66,16 +66,14 @@ def alternative_of(
 ) -> Alternative:
     """One with other numbers; ``reverses`` the channels of what is stated."""
     changed = stated.model_copy(update={"scale": scale, "mean": mean, "std": std})
-    mode = ""
+    step = f"Pass {_flags(changed)}."
     if reverses:
-        is_bgr = stated.image is not None and stated.image.mode == "BGR"
-        mode = f"--mode {'RGB' if is_bgr else 'BGR'} "
-    return Alternative(
-        name=name,
-        preprocessing=changed,
-        reverses=reverses,
-        next_step=f"Pass {mode}{_flags(changed)}.",
-    )
+        wanted = "RGB" if stated.image is not None and stated.image.mode == "BGR" else "BGR"
+        is_flag = stated.layout == "hwc"
+        step = f"Pass --mode {wanted} {_flags(changed)}." if is_flag else (
+            f"{_reverse_words(wanted)} {step}"
+        )  # fmt: skip
+    return Alternative(name=name, preprocessing=changed, reverses=reverses, next_step=step)
 
 
 def is_another(known: Alternative, other: Alternative, top: float) -> bool:
@@ -129,13 +127,16 @@ def _by_channel(images: np.ndarray, layout: str) -> np.ndarray:
 
 def _is_same(stated: Preprocessing, other: Alternative, top: float) -> bool:
     """Whether both map raw values from 0 to ``top`` to about the same, to a twentieth."""
-    one, two = (_ends(each, top) for each in (stated, other.preprocessing))
+    both = (stated, other.preprocessing)
+    count = max(len(values) for each in both for values in (each.mean, each.std, (0.0,)))
+    one, two = (_ends(each, top, count) for each in both)
     return bool(np.abs(one - two).max() <= 0.05 * np.abs(one[1] - one[0]).max())
 
 
-def _ends(preprocessing: Preprocessing, top: float) -> np.ndarray:
+def _ends(preprocessing: Preprocessing, top: float, num_channels: int) -> np.ndarray:
+    """What the darkest and the brightest value become, (2, channels)."""
     raw = np.array([[0.0], [top]]) * preprocessing.scale
     mean = np.array(preprocessing.mean or (0.0,))
     std = np.array(preprocessing.std or (1.0,))
     values = (raw - mean) / std
-    return np.broadcast_to(values, (2, 3)) if values.shape[1] == 1 else values
+    return np.broadcast_to(values, (2, num_channels)) if values.shape[1] == 1 else values

@@ -244,6 +244,7 @@ def _total(exchanges: list[Exchange]) -> LlmUsage:
         )  # fmt: skip
     return LlmUsage(
         requests=sum(each.attempts for each in exchanges),
+        answered=len(paid),
         input_tokens=sum(each.input_tokens or 0 for each in exchanges),
         output_tokens=sum(each.output_tokens or 0 for each in exchanges),
         cost_usd=_known_cost(paid) if paid and not unknown else None,

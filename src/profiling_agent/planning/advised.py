@@ -109,13 +109,14 @@ class AdvisedPlanner:
             return None
         pairs = _open_to(self.name, profile, history, budget)
         if not pairs:
-            self._note("rejected", "nothing to choose from: no runtime and scheme was measured")
+            self._note("unanswered", "nothing to choose from: no runtime and scheme was measured")
             return self._fallback(profile, history, budget, seed)
         parsed = self._consult(profile, history, budget, seed, pairs)
         if parsed is None or parsed.reason:
             return self._fallback(profile, history, budget, seed)
         plan = parsed.plan
         if plan is None:
+            self._gone = self._stands_alone  # it is done, and nobody goes on in its place
             return None
         if self.name == "paper":
             return replace(estimate(plan, profile, history), author="paper")
@@ -139,6 +140,7 @@ class AdvisedPlanner:
         """The model's plan; ``None`` when it gives no answer, with the reason among the guards."""
         self._num_asked += 1
         rejected: list[str] = []
+        unanswered = ""
         question = Question(
             profile=profile,
             history=history,
@@ -154,10 +156,11 @@ class AdvisedPlanner:
             parsed = consult(self._client.ask, question, rejected)
         except LlmUnavailable as error:
             self._gone = error.is_final
-            rejected.append(f"no answer: {error}")
-            parsed = None
+            unanswered, parsed = str(error), None
         for reason in rejected:
             self._note("rejected", reason)
+        if unanswered:
+            self._note("unanswered", unanswered)
         self._num_rejected += len(rejected)
         if parsed is not None:  # a fault of the line says nothing about the model
             self._num_in_vain = self._num_in_vain + 1 if parsed.reason else 0

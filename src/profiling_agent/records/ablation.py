@@ -33,7 +33,7 @@ class Attempt(Record):
     number: int
     trial: Trial | None
     measured_as: str | None = Field(description="the trial whose measurement this is")
-    is_cached: bool = Field(description="an earlier arm had the same plan, by what it does")
+    is_cached: bool = Field(description="an arm before has the same measurement")
     reason: str = Field(default="", description="why there is no trial")
 
 

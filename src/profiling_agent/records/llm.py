@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from profiling_agent.records.base import Record
 
-GuardAction = Literal["rejected", "rewritten", "fallback", "rollback"]
+GuardAction = Literal["rejected", "unanswered", "rewritten", "fallback", "rollback"]
 
 
 class LlmLimits(Record):
@@ -93,7 +93,8 @@ class Exchange(Record):
 
 
 class Guard(Record):
-    """Something a guard did: a rejected answer, a rewritten plan, a fallback, a rollback."""
+    """Something a guard did: a rejected answer, a question that got none, a rewritten plan, a
+    fallback, a rollback."""
 
     action: GuardAction
     author: str
@@ -108,6 +109,7 @@ class LlmUsage(Record):
 
     model: str = ""
     requests: int = 0
+    answered: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     cost_usd: float | None = None

@@ -64,11 +64,11 @@ def _attempts_of(record: AblationRecord, arm: Arm) -> list[str]:
             drop = accuracy.drop.estimate if accuracy and accuracy.drop else None
             speed = trial.evaluation.speedup if trial.evaluation else None
             measured = f"measured as {attempt.measured_as}"
-            known = f"{measured}, by an earlier arm" if attempt.is_cached else measured
+            known = f"{measured}, as in an arm before" if attempt.is_cached else measured
             words_ = f"{trial.author}: {trial.label}, {len(trial.plan.pruning)} pruning lines"
             facts = (
                 cell(words_, trial.reason or known, kind="words"),
-                cell(with_unit(in_drop(drop, unit), unit)),
+                cell(DASH if drop is None else with_unit(in_drop(drop, unit), unit)),
                 cell(as_ratio(speed.ratio.estimate if speed else None)),
             )
         rows.append(

@@ -24,7 +24,7 @@ from profiling_agent.report.wording import (
 TITLES: Final = (
     "best found",
     "hypervolume",
-    "over {reference}",
+    "speed over {reference}",
     "test drop",
     "feasible",
     "rejected",
@@ -132,12 +132,18 @@ def _spread(values: Sequence[float | None], show: Callable[[float], str]) -> tup
 
 
 def _over(arms: list[Arm]) -> tuple[str, str]:
-    """The race of the seed that did worst against the reference's best artefact."""
+    """The race of the seed that did worst against the reference's best artefact.
+
+    Where some seeds have no race, how many had.
+    """
     raced = [arm.over_reference for arm in arms if arm.over_reference is not None]
-    if not raced:
-        return ("same artefact" if any(arm.same_as_reference for arm in arms) else DASH), ""
-    worst: Interval = min(raced, key=lambda interval: interval.estimate)
-    return as_ratio(worst.estimate), as_range(worst)
+    num_same = sum(arm.same_as_reference for arm in arms)
+    num_known = len(raced) + num_same
+    some = f"{num_known} of {len(arms)} seeds" if num_known < len(arms) else ""
+    worst: Interval | None = min(raced, key=lambda interval: interval.estimate, default=None)
+    if worst is None or (num_same and worst.estimate > 1.0):
+        return ("same artefact", some) if num_same else (DASH, "")
+    return as_ratio(worst.estimate), " ".join(part for part in (as_range(worst), some) if part)
 
 
 def _worst_drop(record: AblationRecord, arms: list[Arm]) -> tuple[str, str]:
@@ -169,9 +175,9 @@ def findings(record: AblationRecord) -> tuple[str, ...]:
         f"Hypervolume: the share that the artefacts dominate of {budget.objective} up to the "
         f"original's and a drop up to {drop}; of the controls alone "
         f"{significant(record.controls_hypervolume)}.",
-        f"Over {record.reference}: latency of its best artefact over the arm's, raced side by "
-        "side, of the seed that did worst; above 1 the arm's is faster. Test drop: likewise the "
-        "worst.",
+        f"Speed over {record.reference}: latency of its best artefact over the arm's, raced side "
+        "by side, of the seed that did worst; above 1 the arm's is faster. Test drop: likewise "
+        "the worst.",
         f"{record.num_measured} plans were carried out; a plan that does what another did was "
         "measured once.",
         *(

@@ -36,6 +36,7 @@ BASELINE: Final = "baseline"
 # What the guards did to a language model's answers, before a count.
 _GUARDS: Final[dict[GuardAction, str]] = {
     "rejected": "answers rejected",
+    "unanswered": "questions without an answer",
     "rewritten": "plans rewritten",
     "fallback": "solver instead",
     "rollback": "rollbacks",

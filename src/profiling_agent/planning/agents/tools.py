@@ -117,7 +117,8 @@ class Tools:
         found = estimate(parsed.plan, self.profile, self.history)
         pair = Pair(runtime=found.plan.runtime, scheme=found.plan.quantization.scheme)
         allowance, _ = next_allowance(self.profile, self.history, self.budget, pair)
-        fits = "" if allowance is None else f"; worth trying next: about {1000 * allowance:.3g}"
+        is_told = allowance is not None and self.with_solver  # it is the solver's next step
+        fits = f"; worth trying next: about {1000 * (allowance or 0.0):.3g}" if is_told else ""
         return (
             f"time over eager {found.relative_latency or 0.0:.3f}, harm "
             f"{1000 * (found.kl or 0.0):.3g} thousandths of a nat{fits}"
