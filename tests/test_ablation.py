@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from profiling_agent import ablation
+from profiling_agent import arms
 from profiling_agent.ablation import Comparison, ablation_settings
 from profiling_agent.cli import app
 from profiling_agent.errors import BudgetError, TrialError
@@ -137,7 +137,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Scripte
                 return find_planner(name)
             return AdvisedPlanner(name, client_of(providers.get(name) or Scripted([])), llm, **how)
 
-        monkeypatch.setattr(ablation, "find_planner", find)
+        monkeypatch.setattr(arms, "find_planner", find)
         return providers
 
     return use
@@ -253,7 +253,7 @@ def test_the_time_to_wait_is_shared_by_those_who_ask(tmp_path: Path, scripted: A
 
     settings = settings_of(("llm", "hybrid"), models=(LLM,), num_seeds=2, time_s=400.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "find_planner", find)
+        patch.setattr(arms, "find_planner", find)
         compared(Bench(tmp_path), settings)
     assert seen == [50.0] * 4  # half of the time, four arms
 
@@ -327,6 +327,14 @@ def test_a_model_that_can_not_be_reached_leaves_its_cells_empty(
     assert all(cell == ("–", "") for cell in rows_of(record)[0].cells)
     assert rows_of(record)[0].note.startswith("not run: ")
     assert bench.carried_out == []
+
+
+def test_one_arm_finds_out_for_all_that_a_model_is_away(tmp_path: Path, scripted: Any) -> None:
+    providers = scripted(llm=[lost()], hybrid=[lost()], paper=[lost()])
+    planners = ("llm", "hybrid", "paper", "solver")
+    record = compared(Bench(tmp_path), settings_of(planners, models=(LLM,)))
+    assert sum(len(provider.asked) for provider in providers.values()) == 1
+    assert [bool(arm.attempts) for arm in record.arms] == [False, False, False, True]
 
 
 def test_without_a_profile_the_arms_say_so(tmp_path: Path) -> None:
