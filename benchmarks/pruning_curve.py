@@ -14,7 +14,8 @@ CIFAR-10's training images), no labels. All methods cut the same groups to the s
     ours, ...        the same ratios and repair with the units chosen by another importance
 
 With ``--latency`` the points of ours are also built for every runtime and raced against the whole
-model in the same runtime and scheme. Exit code 1 when a target is missed.
+model in the same runtime and scheme; ``--latency-of RESULTS`` does that alone, with the plans of an
+earlier run, and writes them to it. Exit code 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -243,6 +244,21 @@ def measure(name: str, cuts: Sequence[float], args: argparse.Namespace) -> dict[
         return result
 
 
+def add_latencies(path: Path, names: Sequence[str], threads: int) -> None:
+    """The times of the points that a file of results holds, written into it."""
+    results = json.loads(path.read_text())
+    results["latency_machine"] = describe_machine().model_dump(mode="json")
+    for result in results["models"]:
+        if result["model"] not in names:
+            continue
+        plans = {point["wanted"]: Plan.model_validate(point["plan"]) for point in result["points"]}
+        print(f"{result['model']}:", flush=True)
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
+            bench = Bench(result["model"], Path(temporary) / "data")
+            result["latency"] = latencies(bench, plans, threads, Path(temporary))
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def with_units_by(plan: Plan, importance: str) -> Plan:
     lines = tuple(line.model_copy(update={"importance": importance}) for line in plan.pruning)
     return plan.model_copy(update={"pruning": lines})
@@ -351,8 +367,12 @@ def main() -> None:
     parser.add_argument("--latency", action="store_true", help="also time each point")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--latency-of", type=Path, help="file of results; only its points' times")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.latency_of is not None:
+        add_latencies(args.latency_of, args.models or list(MODELS), args.threads)
+        return
     results: dict[str, Any] = {
         "machine": describe_machine().model_dump(mode="json"),
         "models": [],
