@@ -571,10 +571,18 @@ def test_the_reason_goes_back_and_the_next_answer_counts() -> None:
 
 def test_a_question_is_given_up_after_its_answers() -> None:
     for limit in (1, MAX_ANSWERS):
-        ask, rejected = Scripted(["no"]), list[str]()
+        ask, rejected = Scripted([f"no {number}" for number in range(9)]), list[str]()
         parsed = consult(ask, question_of(max_answers=limit), rejected)
         assert len(ask.asked) == len(rejected) == limit
         assert parsed.reason == rejected[-1]
+
+
+def test_a_model_that_repeats_itself_is_not_asked_a_third_time() -> None:
+    ask, rejected = Scripted(["first", "no", "no", GOOD]), list[str]()
+    assert consult(ask, question_of(), rejected).reason == rejected[-1]
+    assert len(ask.asked) == len(rejected) == 3
+    ask, rejected = Scripted(["no", "other", "no", GOOD]), list[str]()  # back and forth is no end
+    assert consult(ask, question_of(), rejected).plan is not None
 
 
 def test_done_ends_the_question() -> None:
@@ -615,8 +623,8 @@ def test_too_many_tools_are_refused() -> None:
 
     ask, rejected = Scripted([calls(("archive", "{}"))]), list[str]()  # and never an answer
     assert consult(ask, question_of(), rejected).reason
-    assert len(rejected) == MAX_ANSWERS
-    assert len(ask.asked) == MAX_TOOL_USES + MAX_ANSWERS
+    assert len(rejected) == 2  # it repeats itself
+    assert len(ask.asked) == MAX_TOOL_USES + 2
 
 
 def test_every_call_has_its_answer() -> None:
@@ -786,7 +794,7 @@ def test_a_plan_of_no_new_effect_is_refused_within_the_question(again: str, word
     rejected.clear()
     parsed = consult(Scripted([again]), question_of(history=history), rejected)
     assert parsed.plan is None and parsed.reason == reason
-    assert rejected == [reason] * MAX_ANSWERS
+    assert rejected == [reason] * 2
 
 
 # ---- wordings -----------------------------------------------------------------------------------
@@ -925,7 +933,7 @@ def test_after_its_rounds_the_model_is_not_asked() -> None:
 
 
 def test_rounds_are_consultations_whatever_comes_of_them() -> None:
-    provider = Scripted(["no"])
+    provider = Scripted([f"no {number}" for number in range(9)])
     planner = asked_by("llm", provider, rounds=2)
     for _ in range(2):
         assert proposed(planner).author == "solver"
@@ -1042,8 +1050,8 @@ def test_a_model_that_answers_in_vain_is_not_asked_for_ever() -> None:
 
 
 def test_one_good_answer_renews_the_patience() -> None:
-    bad = ["prose"] * 4
-    provider = Scripted([*bad, GOOD, *bad, "prose"])
+    bad = [f"prose {number}" for number in range(4)]
+    provider = Scripted([*bad, GOOD, *bad, "prose", "prose"])
     planner = asked_by("llm", provider)
     for _ in range(4):
         proposed(planner)

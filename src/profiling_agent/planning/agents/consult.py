@@ -84,11 +84,14 @@ class Question:
 def consult(ask: Ask, question: Question, rejected: list[str]) -> Parsed:
     """Ask until an answer passes or ``max_answers`` did not, which the last one's reason then says.
 
-    The reason for each answer that did not pass goes into ``rejected``. Raises what ``ask`` raises.
+    A model that gives the answer again that was just refused is not asked a third time: small ones
+    do so for ever. The reason for each answer that did not pass goes into ``rejected``. Raises what
+    ``ask`` raises.
     """
     conversation, tools = question.conversation(), question.tools()
     tried = tried_plans(question.history)
     uses = 0
+    refused: Reply | None = None
     while True:
         reply = ask(conversation)
         if reply.calls and uses < MAX_TOOL_USES:
@@ -108,12 +111,20 @@ def consult(ask: Ask, question: Question, rejected: list[str]) -> Parsed:
         if not parsed.reason:
             return parsed
         rejected.append(parsed.reason)
-        if len(rejected) >= question.max_answers:
+        if len(rejected) >= question.max_answers or _repeats(reply, refused):
             return parsed
+        refused = reply
         conversation = conversation.extended(
             *_unanswered(reply),
             Turn(role="user", text=f"{parsed.reason} Answer again, with the whole object."),
         )
+
+
+def _repeats(reply: Reply, before: Reply | None) -> bool:
+    if before is None or reply.text != before.text:
+        return False
+    one, other = ([(c.name, c.arguments) for c in each.calls] for each in (reply, before))
+    return one == other
 
 
 def _called(reply: Reply, tools: Tools) -> list[Turn]:
