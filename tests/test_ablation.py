@@ -41,7 +41,7 @@ LLM = LlmSettings(model="test:scripted")
 GOOD = said(("mlp:a.fc1", 0.5))
 
 
-def settings_of(planners: Sequence[str], **fields: Any) -> Any:
+def settings_of(planners: Sequence[str] | None, **fields: Any) -> Any:
     values: dict[str, Any] = {
         "deployment": Deployment(),
         "runtimes": ("onnxruntime", "openvino", "torch"),
@@ -327,6 +327,15 @@ def test_a_model_that_can_not_be_reached_leaves_its_cells_empty(
     assert all(cell == ("–", "") for cell in rows_of(record)[0].cells)
     assert rows_of(record)[0].note.startswith("not run: ")
     assert bench.carried_out == []
+
+
+def test_what_is_compared_when_nobody_says() -> None:
+    plain = settings_of(None).planners
+    assert plain == ("random", "uniform", "greedy", "tpe", "solver")
+    assert settings_of(None, models=(LLM,)).planners == (*plain, "llm", "hybrid", "paper")
+    without_torch = settings_of(None, models=(LLM, LLM), runtimes=("openvino",))
+    assert without_torch.planners == (*plain, "llm", "hybrid")  # the paper's way runs in torch
+    assert len(without_torch.models) == 1
 
 
 def test_one_arm_finds_out_for_all_that_a_model_is_away(tmp_path: Path, scripted: Any) -> None:

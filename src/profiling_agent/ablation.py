@@ -75,6 +75,8 @@ def ablation_settings(
     and that of ``budget`` is not looked at."""
     if planners is None:
         planners = PLANNERS + (ADVISED if models else ())
+        if "torch" not in runtimes:
+            planners = tuple(name for name in planners if name != "paper")
     search = RunSettings(
         budget=budget.model_copy(update={"time_s": PREPARED_AS * time_s}),
         deployment=deployment,
