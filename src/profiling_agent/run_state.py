@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -150,7 +151,9 @@ def read_state(store: RunStore) -> RunState:
 
 def is_finished(store: RunStore) -> bool:
     """Whether the folder holds a run that reached its verdict: nobody is asked anything then."""
-    return store.holds_run and read_state(store).verdict is not None
+    with contextlib.suppress(OSError):  # one that can't be read fails at writing, in words
+        return store.holds_run and read_state(store).verdict is not None
+    return False
 
 
 def draw_record(store: RunStore, state: RunState) -> RunRecord:
