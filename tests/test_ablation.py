@@ -328,6 +328,9 @@ def test_a_model_that_can_not_be_reached_leaves_its_cells_empty(
     assert all(cell == ("–", "") for cell in rows_of(record)[0].cells)
     assert rows_of(record)[0].note.startswith("not run: ")
     assert bench.carried_out == []
+    again = compared(bench, settings_of((planner,), models=(LLM,), num_seeds=2))
+    assert all(not arm.gains and "Nobody is there" in arm.ended for arm in again.arms)
+    assert len(provider.asked) == 2  # it might have been there by now
 
 
 def test_what_is_compared_when_nobody_says() -> None:

@@ -6,8 +6,7 @@ did is measured once, whoever proposed it, so that arms differ by what they prop
 noise. The language model's arm stands alone: an answer that does not pass costs it a trial.
 
 At the end the best artefact of each arm is judged on the test split and raced against that of the
-reference, the solver. A stopped comparison goes on from its folder: measured trials and answers are
-there, and the arms are walked again over them.
+reference, the solver. A stopped comparison goes on from its journal.
 """
 
 from __future__ import annotations

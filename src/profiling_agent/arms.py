@@ -144,10 +144,11 @@ class ArmWalker:
             return
         num_slots, num_guards = len(walked.tried), len(walked.arm.guards)
         self._propose(walked, profile)
-        self._journal(walked, num_slots, num_guards)
-        if llm is not None and (lost := _unreached(walked)):
+        if llm is not None and (lost := _unreached(walked)):  # it may be reached another time
             self._unreachable[llm] = walked.ended = lost
             walked.planner = None
+            return
+        self._journal(walked, num_slots, num_guards)
 
     def _propose(self, walked: WalkedArm, profile: Profile) -> None:
         planner, reserve, number = walked.planner, walked.reserve, len(walked.tried) + 1

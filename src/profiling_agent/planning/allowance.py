@@ -20,7 +20,6 @@ from profiling_agent.planning.history import (
     search_drop,
 )
 from profiling_agent.records.common import Budget
-from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
@@ -65,8 +64,7 @@ def allowance_bracket(
 ) -> tuple[float | None, float | None]:
     """Divergence known to be affordable and known to be too much, for one runtime and scheme.
 
-    A screened trial, which collapsed, counts as too much, and in every other runtime and scheme
-    too, since what a cut costs hardly depends on these; a failed one says nothing. An int8
+    A screened trial, which collapsed, counts as too much; a failed one says nothing. An int8
     control that holds says little of a plan that prunes and keeps layers float: it counts as long
     as nothing below its divergence was too much.
     """
@@ -74,11 +72,7 @@ def allowance_bracket(
     lost: list[float] = []
     control: float | None = None
     for trial in history:
-        if trial.status == "failed":
-            continue
-        if pair_of(trial) != pair:
-            if trial.status == "screened" and _holds_whole(pair_of(trial), history, budget):
-                lost.append(predict_kl(profile, _moved(trial.plan, pair)))
+        if pair_of(trial) != pair or trial.status == "failed":
             continue
         kl = predict_kl(profile, trial.plan)
         if is_feasible(trial, budget):
@@ -94,19 +88,6 @@ def allowance_bracket(
     if low is not None and high is not None and high <= low:
         high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
     return low, high
-
-
-def _holds_whole(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
-    """Whether its control is within the budget, so that it is the pruning which was too much."""
-    control = controls(history).get(pair)
-    return control is not None and is_feasible(control, budget)
-
-
-def _moved(plan: Plan, pair: Pair) -> Plan:
-    """The same cuts in another runtime and scheme."""
-    quantization = Quantization(scheme=pair.scheme)
-    update = {"runtime": pair.runtime, "quantization": quantization}
-    return plan.model_copy(update=update)
 
 
 def _shrink(
