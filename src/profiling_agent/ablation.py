@@ -18,13 +18,7 @@ from pathlib import Path
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
-from profiling_agent.arms import (
-    ADVISED,
-    OUT_OF_TIME,
-    PLANNERS,
-    ArmWalker,
-    WalkedArm,
-)
+from profiling_agent.arms import OUT_OF_TIME, PLANNERS, ArmWalker, WalkedArm
 from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import (
     ArtefactError,
@@ -39,6 +33,7 @@ from profiling_agent.machine.clock import now
 from profiling_agent.planning.agents.consult import instructions
 from profiling_agent.planning.history import feasible
 from profiling_agent.planning.hypervolume import gain, hypervolume, reference_drop
+from profiling_agent.planning.planner import ADVISED
 from profiling_agent.preconditions import check_settings, check_task
 from profiling_agent.records.ablation import AblationRecord, AblationSettings, Arm, Attempt
 from profiling_agent.records.common import Budget, Deployment, Interval

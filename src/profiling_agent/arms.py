@@ -16,7 +16,7 @@ from profiling_agent.errors import (
     MissingDependency,
 )
 from profiling_agent.planning.effects import effect
-from profiling_agent.planning.planner import Advised, Planner, Proposal, find_planner
+from profiling_agent.planning.planner import ADVISED, Advised, Planner, Proposal, find_planner
 from profiling_agent.proposing import is_reserved, objection
 from profiling_agent.records.ablation import AblationSettings, Arm
 from profiling_agent.records.llm import Guard, LlmSettings, LlmUsage
@@ -26,7 +26,6 @@ from profiling_agent.records.trial import Trial
 from profiling_agent.workbench import Workbench
 
 PLANNERS = ("random", "uniform", "greedy", "tpe", "solver")
-ADVISED = ("llm", "hybrid", "paper")
 FINAL_SHARE = 0.25
 """Of the comparison's time, at most, that is kept for the test split and the last races."""
 LLM_SHARE = 0.5

@@ -8,7 +8,8 @@ carried out 5, an interrupted run 130.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,7 @@ from profiling_agent.flags import (
 if TYPE_CHECKING:
     from profiling_agent.acquisition.request import Request
     from profiling_agent.records.common import Deployment
+    from profiling_agent.report.live import Progress
 
 app = typer.Typer(
     name="profiling-agent",
@@ -123,7 +125,6 @@ def optimize(
     from profiling_agent.records.common import Budget
     from profiling_agent.records.store import RunStore
     from profiling_agent.records.trial import EXIT_CODES, RunSettings
-    from profiling_agent.report.live import open_progress
     from profiling_agent.report.terminal import render_run
     from profiling_agent.run_state import is_finished
 
@@ -161,19 +162,28 @@ def optimize(
     check_settings(settings)
     if restart:
         RunStore(out).clear()
-    progress = open_progress(seconds, unit=request.unit)
-    try:
+    with _watched(seconds, request.unit) as progress:
         record = optimize_workload(request, settings, out=out, progress=progress)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; start the same command again to continue", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        progress.close()
     _show(record.to_json() if json else None, lambda: render_run(record, folder=out))
     if not json:
         typer.echo(f"report: {out / 'report.html'}")
     assert record.verdict is not None
     raise typer.Exit(EXIT_CODES[record.verdict.kind])
+
+
+@contextmanager
+def _watched(seconds: float, unit: str) -> Iterator[Progress]:
+    """A display of what goes on; an interrupt ends with the word that it can be continued."""
+    from profiling_agent.report.live import open_progress
+
+    progress = open_progress(seconds, unit=unit)
+    try:
+        yield progress
+    except KeyboardInterrupt:
+        typer.echo("interrupted; start the same command again to continue", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.close()
 
 
 @app.command()
@@ -227,7 +237,6 @@ def ablate(
     from profiling_agent.records.common import Budget
     from profiling_agent.records.store import RunStore
     from profiling_agent.report.ablation_view import render_ablation
-    from profiling_agent.report.live import open_progress
 
     models = [
         advisor(
@@ -262,14 +271,8 @@ def ablate(
     check_ablation(settings)
     if restart:
         RunStore(out).clear()
-    progress = open_progress(seconds, unit=request.unit)
-    try:
+    with _watched(seconds, request.unit) as progress:
         record = compare_planners(request, settings, out=out, progress=progress)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; start the same command again to continue", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        progress.close()
     _show(record.to_json() if json else None, lambda: render_ablation(record))
     if not json:
         typer.echo(f"report: {out / 'ablation.html'}")

@@ -16,6 +16,8 @@ from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
 AdvisedName = Literal["llm", "hybrid", "paper"]
+ADVISED: tuple[AdvisedName, ...] = ("llm", "hybrid", "paper")
+"""Planners that ask a language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +99,14 @@ def find_planner(
         "greedy": Greedy,
         "tpe": Tpe,
     }
-    advised: tuple[AdvisedName, ...] = ("llm", "hybrid", "paper")
-    for each in advised:
+    for each in ADVISED:
         planners[each] = partial(_advised, each, llm, transcript, is_bare=is_bare)
     if name not in planners:
         raise BudgetError(f"There is no planner {name!r}. Choose one of {', '.join(planners)}.")
-    if llm is not None and name not in advised:
+    if llm is not None and name not in ADVISED:
         raise BudgetError(
             f"The planner {name!r} asks no language model; leave --llm out, or choose one of "
-            f"{', '.join(advised)}."
+            f"{', '.join(ADVISED)}."
         )
     return planners[name]()
 
