@@ -128,12 +128,16 @@ def show(row: dict[str, Any]) -> None:
 
 
 def slower_hybrids(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{row['workload']}, seed {arm['seed']}"
-        for row in rows
-        for arm in row.get("arms", ())
-        if arm["planner"] == "hybrid" and (over := arm["over_reference"]) and over["high"] < 1.0
-    ]
+    """Workloads on which hybrid's best seed is slower than the solver's best."""
+    slower: list[str] = []
+    for row in rows:
+        raced = [arm for arm in row.get("arms", ()) if arm["planner"] == "hybrid" and arm["gains"]]
+        if any(arm["same_as_reference"] for arm in raced):
+            continue
+        overs = [arm["over_reference"] for arm in raced if arm["over_reference"]]
+        if overs and all(over["high"] < 1.0 for over in overs):
+            slower.append(row["workload"])
+    return slower
 
 
 def main() -> None:

@@ -479,7 +479,7 @@ def test_calibration_keeps_nothing_of_the_samples(tmp_path: Path) -> None:
 
     def batches(size: int) -> Iterator[dict[str, np.ndarray]]:
         nonlocal most
-        for _ in range(40):
+        for _ in range(8):
             gc.collect()
             most = max(most, sum(reference() is not None for reference in alive))
             inputs = Inputs(x=np.random.default_rng(0).normal(size=(size, 16)).astype(np.float32))
@@ -487,9 +487,9 @@ def test_calibration_keeps_nothing_of_the_samples(tmp_path: Path) -> None:
             yield inputs
             del inputs
 
-    calibration = Calibration(num_samples=40, batches=batches)
+    calibration = Calibration(num_samples=8, batches=batches)
     lower(Perceptron(), {"x": torch.randn(2, 16)}, tmp_path, calibration=calibration)
-    assert len(alive) == 40
+    assert len(alive) == 8
     assert most <= 1
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from profiling_agent.errors import BudgetError, PlanError
-from profiling_agent.planning.allowance import KL_PER_POINT, allowance_bracket
+from profiling_agent.planning.allowance import KL_PER_POINT, allowance_bracket, next_allowance
 from profiling_agent.planning.check import check_plan, demand_plan
 from profiling_agent.planning.decide import (
     Final,
@@ -445,6 +445,36 @@ def test_the_bracket_stands_between_what_held_and_what_did_not() -> None:
     assert bracket([*history, crashed]) == bracket(history)
     other = tried(5, pruned_plan(0.5, pair=TORCH), 0.7, 3.0)
     assert bracket([*history, other]) == bracket(history)
+
+
+def allowed(pair: Pair, *trials: Trial, of: Sequence[Trial] | None = None) -> float | None:
+    history = [*(controls_of() if of is None else of), *trials]
+    return next_allowance(profile_of(), history, BUDGET, pair)[0]
+
+
+def test_cuts_that_clearly_lost_too_much_elsewhere_are_not_repeated() -> None:
+    cuts, int8 = pruned_plan(0.5, pair=TORCH), predict_kl(profile_of(), controls_of()[2].plan)
+    clear = tried(1, cuts, 0.6, 3.0)  # a divergence of 0.006
+    collapsed = make_trial("t1", plan=cuts, status="screened", reason="collapsed")
+    over = 0.8 * 0.5 / 3.0
+    assert allowed(FP32, clear) == pytest.approx(0.006 * over)
+    assert allowed(FP32, collapsed) == pytest.approx(0.006 / 8)
+    assert int8 > 0.02 and allowed(INT8, clear) == pytest.approx(int8 + 0.006 * over)
+    free = allowed(FP32)
+    assert free == pytest.approx(KL_PER_POINT * 0.5)
+    assert allowed(FP32, tried(1, cuts, 0.6, 0.55)) == free  # within the noise
+    at_fault = [control("c1", TORCH, 0.9, 2.0), *controls_of()[1:]]
+    assert allowed(FP32, clear, of=at_fault) == free  # torch loses too much as it is
+    unpruned = Plan(runtime="torch", quantization=Quantization(scheme="fp32"))
+    assert allowed(FP32, tried(1, unpruned, 0.6, 3.0)) == free
+
+
+def test_what_holds_in_a_pair_counts_more_than_what_failed_elsewhere() -> None:
+    clear = tried(1, pruned_plan(0.5, pair=TORCH), 0.6, 3.0)
+    below = tried(2, pruned_plan(0.25), 0.7, 0.1)
+    assert allowed(FP32, clear, below) == pytest.approx(math.sqrt(0.002 * 0.006))
+    above = tried(3, pruned_plan(0.75), 0.5, 0.1)
+    assert allowed(FP32, clear, below, above) == allowed(FP32, above) == pytest.approx(0.06)
 
 
 def test_when_trials_contradict_each_other_the_good_one_counts() -> None:

@@ -182,7 +182,7 @@ def test_a_planner_with_nobody_behind_has_all_trials(tmp_path: Path) -> None:
         search = Search(planner, tmp_path / str(number), max_trials=4, trials_left=lambda: 1)
         (tmp_path / str(number)).mkdir()
         assert search.run() == [planner.name] * 4
-        assert not search.proposals.hand_over()
+        assert not search.proposals.hand_over("enough")
 
 
 # ---- handing over -------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_when_the_planner_has_nothing_left_the_one_behind_goes_on(
     assert search.run() == ["llm"] * given + ["solver"] * (8 - given)
     assert planner.num_asked == given + 1  # never again once it has ended
     assert search.proposals.since == given
-    assert not search.proposals.hand_over()
+    assert not search.proposals.hand_over("enough")
     assert search.warnings == []
 
 
@@ -256,11 +256,26 @@ def test_a_loop_that_loses_patience_may_hand_over_once(tmp_path: Path) -> None:
         search.state.trials.append(tried(number, proposal.plan, 0.6, 0.1))
         authors.append(author)
         if number == 4:
-            assert search.proposals.hand_over()
+            assert search.proposals.hand_over("enough")
             assert search.proposals.since == 4
         elif number > 4:
-            assert not search.proposals.hand_over()
+            assert not search.proposals.hand_over("enough")
     assert authors == ["llm"] * 4 + ["solver"] * 5
+
+
+def test_a_continued_run_does_not_ask_again_after_handing_over(tmp_path: Path) -> None:
+    first = Search(Asked([endless(0)], Behind(2)), tmp_path)
+    assert first.run() == ["llm", "solver", "solver"]
+    (guard,) = first.events("guard")
+    assert (guard["action"], guard["trial_id"]) == ("handover", "t2")
+    assert "llm has nothing left" in str(guard["reason"])
+    for trial in first.state.trials:
+        first.store.journal.append("trial", trial)
+    planner = Asked([], Behind(plan=plan_at(0.5)), then=endless)
+    second = Search(planner, tmp_path)
+    assert second.proposals.since == 1
+    number, _, author = next(second.proposals.walk(PROFILE))
+    assert (number, author, planner.num_asked) == (4, "solver", 0)
 
 
 # ---- with a planner that asks -------------------------------------------------------------------
@@ -316,7 +331,8 @@ def test_guards_are_journalled_once_with_their_trial(tmp_path: Path) -> None:
     search = Search(planner, tmp_path, max_trials=5)
     search.run()
     ids = [guard.trial_id for guard in search.state.guards]
-    assert ids == ["t1", "t2", None]  # at last it had an answer that led to no trial
+    # at last it had an answer that led to no trial, and the planner behind took over
+    assert ids == ["t1", "t2", None, "t3"]
     assert [event["trial_id"] for event in search.events("guard")] == ids
     assert read_state(search.store).guards == search.state.guards
 

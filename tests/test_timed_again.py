@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
+from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.judge import find_judge
 from profiling_agent.evaluation.measure import Protocol
 from profiling_agent.evaluation.predictor import LivePredictor
-from profiling_agent.finish import answers_of_original
+from profiling_agent.finish import Finish, answers_of_original
 from profiling_agent.machine.torch_state import threads
-from profiling_agent.records.common import Deployment
+from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Speedup
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.store import RunStore
+from profiling_agent.records.trial import RunSettings, Trial
+from profiling_agent.report.live import SilentProgress
 from profiling_agent.run_state import RunState, read_state
 from profiling_agent.trial import Baseline, LocalBuilder, TrialRunner, timed_while_busy
-from record_factory import make_evaluation, make_interval, make_timing, make_trial
+from record_factory import make_control, make_evaluation, make_interval, make_timing, make_trial
 from small_workload import make_data, train
 
 SHORT = Protocol(num_blocks=6, block_s=0.005)
@@ -93,3 +98,65 @@ def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
         exclude={"evaluation", "reason"}
     )
     assert runner.time_again(trial, tmp_path / "gone", SHORT, None) == trial
+    (beside,) = runner.time_together([trial], lambda _: folder, SHORT)
+    assert beside.evaluation is not None and beside.evaluation.timing != trial.evaluation.timing
+    assert beside.evaluation.accuracy == trial.evaluation.accuracy
+    with pytest.raises(TrialError):
+        runner.time_together([trial], lambda _: tmp_path / "gone", SHORT)
+
+
+class Beside:
+    """A runner whose races have these results."""
+
+    def __init__(self, times: dict[str, float] | None) -> None:
+        self.times, self.raced = times, list[str]()
+        self.judge = None
+
+    def time_together(self, trials: Sequence[Trial], folder: Any, protocol: Any) -> list[Trial]:
+        self.raced = [trial.trial_id for trial in trials]
+        if self.times is None:
+            raise TrialError("t1 failed while it was timed")
+        return [
+            trial.model_copy(update={"evaluation": of(self.times[trial.trial_id])})
+            for trial in trials
+        ]
+
+
+def nominated(runner: Beside, folder: Path, budget: Budget, said: list[str]) -> list[str]:
+    trials = [make_control("c1", "openvino", "int8-static", evaluation=of(4.0))]
+    trials += [raced(f"t{n}", 1.0, gain) for n, gain in ((1, 7.5), (2, 5.0), (3, 6.0), (4, 7.0))]
+    split = SimpleNamespace(num_samples=5000)
+    finish = Finish(
+        store=RunStore(folder),
+        settings=RunSettings(budget=budget, deployment=Deployment()),
+        workload=SimpleNamespace(record=SimpleNamespace(split=lambda _: split)),  # pyright: ignore
+        state=RunState(trials=trials, baseline=make_evaluation()),
+        runner=runner,  # pyright: ignore[reportArgumentType]
+        progress=SilentProgress(),
+        warn=said.append,
+    )
+    return [candidate.trial_id for candidate in finish._candidates()]
+
+
+def of(speedup: float):
+    return raced("c1", 1.0, speedup).evaluation
+
+
+def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
+    tmp_path: Path,
+) -> None:
+    """Of several races of their own the luckiest comes first."""
+    said: list[str] = []
+    lucky = Beside({"c1": 4.1, "t1": 5.9, "t3": 6.1, "t4": 6.8})
+    budget = Budget(max_drop=0.5, time_s=600.0)
+    assert nominated(lucky, tmp_path, budget, said)[:3] == ["t4", "t3", "t1"]
+    assert lucky.raced == ["c1", "t1", "t4", "t3"]  # the three fastest
+    slower = Beside({"c1": 6.5, "t1": 5.9, "t3": 6.1, "t4": 6.8})
+    assert nominated(slower, tmp_path, budget, said) == ["t4"]  # the others don't beat the control
+    for other in (Budget(max_drop=0.5, time_s=60.0), Budget(max_drop=0.5, objective="size")):
+        unasked = Beside({})
+        assert nominated(unasked, tmp_path, other, said)[:1] in (["t1"], [])
+        assert unasked.raced == []
+    assert said == []
+    assert nominated(Beside(None), tmp_path, budget, said)[0] == "t1"
+    assert "could not be timed beside each other" in said[0]

@@ -41,7 +41,7 @@ class FakeRunner:
         self.deployment, self.builder, self.plans = Deployment(), self, list[Plan]()
         self._widths, self._refuses = {g.id: g.width for g in profile.groups}, refuses
 
-    def build(self, plan: Plan, folder: Path, deployment: Deployment) -> None:
+    def build(self, plan: Plan, folder: Path, deployment: Deployment, timeout_s: float) -> None:
         folder.mkdir()
         self.plans.append(plan)
         if any(self._refuses and self._refuses in line.match for line in plan.pruning):

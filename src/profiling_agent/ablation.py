@@ -23,6 +23,7 @@ from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import (
     ArtefactError,
     BudgetError,
+    ModelError,
     TrialError,
 )
 from profiling_agent.evaluation.judge import find_judge
@@ -260,7 +261,7 @@ class Comparison:
                 test = self._on_test(name)
                 if reference not in (None, name):
                     over = self._raced(name, reference)
-        except (TrialError, ArtefactError, BudgetError) as error:
+        except (TrialError, ArtefactError, BudgetError, ModelError) as error:
             return test, over, str(error)
         event = {"name": name, "reference": reference, "test": test.model_dump(mode="json")}
         event["over"] = over and over.model_dump(mode="json")

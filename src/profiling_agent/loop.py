@@ -165,8 +165,9 @@ class _Search:
             )
             bench.time_again()
             proposals.look_back(trial)
-            if self._stalled(proposals.since or 0) and not proposals.hand_over():
-                bench.progress.message(f"no better plan in {PATIENCE} trials")
+            no_better = f"no better plan in {PATIENCE} trials"
+            if self._stalled(proposals.since or 0) and not proposals.hand_over(no_better):
+                bench.progress.message(no_better)
                 break
 
     def _trials_left(self) -> int | None:

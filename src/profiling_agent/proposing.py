@@ -52,11 +52,17 @@ class Proposals:
     warn: Callable[[str], None]
     trials_left: Callable[[], int | None]
     seconds_to_ask: Callable[[], float]
-    since: int | None = None
-    """How many trials there were when the planner behind took over; ``None`` while it has not."""
 
     def __post_init__(self) -> None:
         self._earlier = Counter(self.state.guards)
+        self._since = next(
+            (_number(guard) - 1 for guard in self.state.guards if guard.action == "handover"), None
+        )
+
+    @property
+    def since(self) -> int | None:
+        """How many trials there were when the planner behind took over; ``None``: it has not."""
+        return self._since
 
     def walk(self, profile: Profile) -> Iterator[tuple[int, Proposal, str]]:
         """Trial number, proposal and its author, until the planner has nothing left to propose."""
@@ -72,23 +78,32 @@ class Proposals:
             )
             self._keep_guards(f"t{number}" if proposal else None)
             if proposal is None:
-                if not self.hand_over():
+                if not self.hand_over(f"{planner.name} has nothing left to propose"):
                     return
                 continue
             author = proposal.author or planner.name
             reason = self._reject(proposal.plan, profile, author)
             if reason is not None:  # a pure planner would only say the same again
                 self.warn(f"The planner {planner.name!r} proposed a bad plan: {reason}")
-                if not self.hand_over():
+                if not self.hand_over(f"{planner.name} proposed a bad plan: {reason}"):
                     return
                 continue
             yield number, proposal, author
 
-    def hand_over(self) -> bool:
-        """From a planner that has nothing left to the one behind it; whether there is one."""
-        if self._reserve is None or self.since is not None:
+    def hand_over(self, why: str) -> bool:
+        """For the rest of the run to the planner behind; whether there is one that has not taken
+        over yet. A continued run knows of it by its guard."""
+        if self._reserve is None or self._since is not None:
             return False
-        self.since = self._num_ours()
+        self._since = self._num_ours()
+        self._guard(
+            Guard(
+                action="handover",
+                author="loop",
+                trial_id=f"t{self._since + 1}",
+                reason=f"{why}; {self._reserve.name} goes on",
+            )
+        )
         return True
 
     def _num_ours(self) -> int:
@@ -152,3 +167,9 @@ class Proposals:
             self.state.rejections.append(rejection)
             self.store.journal.append("rejection", rejection)
         return reason
+
+
+def _number(guard: Guard) -> int:
+    """Of the trial that a guard speaks of, from 1."""
+    assert guard.trial_id is not None
+    return int(guard.trial_id.removeprefix("t"))

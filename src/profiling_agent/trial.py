@@ -328,6 +328,28 @@ class TrialRunner:
         evaluation = evaluation.model_copy(update=measured)
         return trial.model_copy(update={"evaluation": evaluation, "reason": reason})
 
+    def time_together(
+        self, trials: Sequence[Trial], folder: Callable[[str], Path], protocol: TimingProtocol
+    ) -> list[Trial]:
+        """Done trials with times from one race of all of them and the original.
+
+        ``TrialError`` when that can't be run.
+        """
+        self.builder.pause()
+        racers: dict[str, Predictor] = {"baseline": self.baseline.open()}
+        with contextlib.ExitStack() as stack:
+            for trial in trials:
+                opened = self.open(folder(trial.trial_id), trial.plan.runtime)
+                racers[trial.trial_id] = stack.enter_context(contextlib.closing(opened))
+            times = race(racers, self._data / "calibration", protocol)
+        timed: list[Trial] = []
+        for trial in trials:
+            assert trial.evaluation is not None
+            measured = _measured(times, trial.trial_id, self.deployment)
+            evaluation = trial.evaluation.model_copy(update=measured)
+            timed.append(trial.model_copy(update={"evaluation": evaluation}))
+        return timed
+
     def _raced(
         self, name: str, predictor: Predictor, protocol: TimingProtocol, deadline: float | None
     ) -> tuple[Race, str]:

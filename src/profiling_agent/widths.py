@@ -31,6 +31,8 @@ from profiling_agent.trial import TrialRunner
 RATIOS = (0.5, 0.25)
 """Measured of each shape, the larger cut first: it tells most about a single point."""
 PROTOCOL = Protocol(num_blocks=8, block_s=0.1)
+MIN_BUILD_S = 10.0
+"""That a build may take at least, so that the deadline alone makes none fail."""
 
 
 def measure_deployed_widths(
@@ -81,6 +83,7 @@ def measure_deployed_widths(
                     split,
                     control_folder(control.trial_id),
                     PROTOCOL.suited_to(call_s),
+                    timeout_s=max(MIN_BUILD_S, deadline - now()),
                 )
                 points.setdefault(shape, []).append(point)
             except (TrialError, PlanError, MissingDependency) as error:
@@ -139,6 +142,8 @@ def _measure(
     split: Path,
     control: Path,
     protocol: Protocol,
+    *,
+    timeout_s: float,
 ) -> SharePoint:
     """Share of the control's time that one of these groups saves at this ratio."""
     plan = Plan(
@@ -152,7 +157,7 @@ def _measure(
         why="timed and thrown away",
     )
     try:
-        runner.builder.build(plan, folder, runner.deployment)
+        runner.builder.build(plan, folder, runner.deployment, timeout_s)
         runner.builder.pause()
         with contextlib.ExitStack() as stack:
             racers: Mapping[str, Predictor] = {

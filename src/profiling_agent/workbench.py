@@ -234,22 +234,27 @@ class Workbench:
             self.warn(f"The machine is busy (load {load:.1f}); intervals will be wide.")
 
     def _controls(self) -> None:
-        """Every runtime's off-the-shelf artefacts: what the user gets without us."""
+        """Every runtime's off-the-shelf artefacts: what the user gets without us.
+
+        One that there was no time for stays so when the run is continued: what was searched and
+        nominated since was compared with the others.
+        """
         done = {trial.plan.plan_id for trial in self.state.trials}
         ends = self.left - CONTROLS_SHARE * (self.left - self.reserve())
         plans, left_out = control_plans(self.machine, self.settings)
         for sentence in left_out:
             self.warn(sentence)
         for plan in plans:
-            if plan.plan_id in done:
+            no_time = (
+                f"The control {plan.runtime} {plan.quantization.scheme} was not measured: the "
+                "time budget is too short."
+            )
+            if plan.plan_id in done or no_time in self.state.warnings:
                 continue
             num_done, likely = len(self.state.trials), self.usual_trial_s()
             stop = ends if num_done >= MIN_CONTROLS else 0.0
             if num_done and self.left - likely < max(stop, self.reserve(num_artefacts=1)):
-                self.warn(
-                    f"The control {plan.runtime} {plan.quantization.scheme} was not measured: the "
-                    "time budget is too short."
-                )
+                self.warn(no_time)
                 continue
             trial_id = f"c{len(self.state.trials) + 1}"
             self.try_plan(trial_id, plan, "control", is_control=True)
@@ -282,6 +287,8 @@ class Workbench:
             profile = Profile.read(self.store.profile)
             check_fits(profile, self.machine, self.deployment)
             return profile
+        if self.state.candidates is not None:
+            return None
         left = self.left - self.reserve()
         if left < MIN_PROFILE_S + PROFILE_FORWARDS * self.call_s():
             self.warn(
@@ -291,6 +298,7 @@ class Workbench:
             return None
         deployed = self._deployed()
         self.progress.stage("profiling", "costs, groups, sensitivity")
+        left = self.left - self.reserve()
         seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, left))
         try:
             with quiet(self.progress):

@@ -3,13 +3,14 @@
 The *allowance* stands between divergence, which is measured group by group, and accuracy, which is
 known of whole trials only. It is found for each runtime and scheme: doubled after a feasible trial;
 between the best feasible and the least infeasible one halved (in logarithms), or moved to where
-their drops say the budget lies.
+their drops say the budget lies. Cuts that clearly lost too much in one runtime and scheme, where
+quantizing alone did not, are not repeated in another: what a cut costs hardly depends on these.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from profiling_agent.planning.estimate import predict_kl
 from profiling_agent.planning.history import (
@@ -20,6 +21,7 @@ from profiling_agent.planning.history import (
     search_drop,
 )
 from profiling_agent.records.common import Budget
+from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
@@ -42,6 +44,9 @@ def next_allowance(
     allowance = _next_allowance(low, high, _points(budget, history), shrink)
     if allowance is not None and low is not None and high is not None:
         allowance = max(allowance, _crossing(profile, history, budget, pair, low, high))
+    if allowance is not None and high is None:
+        elsewhere = _below_what_failed_elsewhere(profile, history, budget, pair)
+        allowance = allowance if elsewhere is None else min(allowance, elsewhere)
     return allowance, high
 
 
@@ -90,6 +95,59 @@ def allowance_bracket(
     return low, high
 
 
+def _below_what_failed_elsewhere(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> float | None:
+    """The divergence to try next by what pruning lost in other pairs; ``None`` when that says
+    nothing: not where the pair's own trials went further and held, and never to end its search."""
+    own = controls(history).get(pair)
+    held = [
+        _pruning_kl(profile, trial.plan)
+        for trial in history
+        if pair_of(trial) == pair and not trial.is_control and is_feasible(trial, budget)
+    ]
+    low = max(held, default=0.0)
+    beyond = [(kl, t) for kl, t in _lost_elsewhere(profile, history, budget, pair) if kl > low]
+    if not beyond:
+        return None
+    high, trial = min(beyond, key=lambda found: found[0])
+    shrink = _shrink_by(search_drop(trial), budget)
+    step = _next_allowance(low, high, _points(budget, history), shrink)
+    base = predict_kl(profile, own.plan) if own else 0.0
+    return None if step is None else base + step
+
+
+def _lost_elsewhere(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> Iterator[tuple[float, Trial]]:
+    """The trials of other pairs that pruning, not their scheme, put over the budget; with the
+    divergence of their cuts alone."""
+    known = controls(history)
+    for trial in history:
+        control = known.get(pair_of(trial))
+        if trial.is_control or pair_of(trial) == pair or control is None:
+            continue
+        kl = _pruning_kl(profile, trial.plan)
+        if kl > 0 and is_feasible(control, budget) and _is_beyond(trial, control, budget):
+            yield kl, trial
+
+
+def _pruning_kl(profile: Profile, plan: Plan) -> float:
+    """What the plan's cuts cost, nothing quantized."""
+    bare = plan.model_copy(update={"quantization": Quantization(scheme="fp32")})
+    return predict_kl(profile, bare)
+
+
+def _is_beyond(trial: Trial, control: Trial, budget: Budget) -> bool:
+    """Whether it lost more than the budget over its control, with confidence."""
+    if trial.status == "screened":
+        return True
+    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    if trial.status != "done" or accuracy is None or accuracy.drop is None:
+        return False
+    return accuracy.drop.low - max(0.0, search_drop(control) or 0.0) > budget.max_drop
+
+
 def _shrink(
     profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair, high: float | None
 ) -> float:
@@ -101,8 +159,14 @@ def _shrink(
     for trial in history:
         drop = search_drop(trial)
         if pair_of(trial) == pair and drop and predict_kl(profile, trial.plan) == high:
-            return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
+            return _shrink_by(drop, budget)
     return 1 / 8
+
+
+def _shrink_by(drop: float | None, budget: Budget) -> float:
+    if drop is None:
+        return 1 / 8
+    return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
 
 
 def _crossing(

@@ -31,14 +31,9 @@ def ranked_controls(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
     return feasible([trial for trial in trials if trial.is_control], budget)
 
 
-def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Candidate]:
-    """At most three trials for the test split, best objective first.
-
-    The best one within the budget on search; and, since it was chosen for having come out well
-    there, the best with room to spare: first half the budget, then none used. Places that are left
-    go to others that beat the control, those that lost least first. With evidence ``proven`` only
-    trials whose bound on the test split would be within the budget.
-    """
+def contenders(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Trial]:
+    """The plans that could be handed over: within the budget on search and better than the best
+    control, best objective first."""
     control = best_control(trials, budget)
     bar = trial_value(control, budget) if control else None
     ours = [
@@ -48,6 +43,18 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
     ]
     if budget.evidence == "proven":
         ours = [trial for trial in ours if _expected_bound(trial, num_test) <= budget.max_drop]
+    return ours
+
+
+def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Candidate]:
+    """At most three trials for the test split, best objective first.
+
+    The best one within the budget on search; and, since it was chosen for having come out well
+    there, the best with room to spare: first half the budget, then none used. Places that are left
+    go to others that beat the control, those that lost least first. With evidence ``proven`` only
+    trials whose bound on the test split would be within the budget.
+    """
+    ours = contenders(trials, budget, num_test)
     chosen: dict[str, Trial] = {}
     for limit in (budget.max_drop, 0.5 * budget.max_drop, 0.0):
         first = next((t for t in ours if (search_drop(t) or 0.0) <= limit * ROUNDING), None)
@@ -241,11 +248,12 @@ def _no_gain(
 def _closest(tested: Sequence[Final], trials: Sequence[Trial], budget: Budget) -> str:
     for final in tested:
         if final.drop is not None and final.drop.estimate > budget.max_drop:
+            better = {"size": "smaller", "memory": "smaller in memory"}
             return (
-                f" ({final.trial.trial_id} was faster but lost "
-                f"{_amount(final.drop.estimate, budget)} on the test split)"
+                f" ({final.trial.trial_id} was {better.get(budget.objective, 'faster')} on search "
+                f"but lost {_amount(final.drop.estimate, budget)} on the test split)"
             )
-        if final.over_control is not None:
+        if final.over_control is not None and budget.objective in ("latency", "throughput"):
             low, high = final.over_control.low, final.over_control.high
             return f" ({final.trial.trial_id} is {low:.2f} to {high:.2f} times as fast)"
     tried = [trial for trial in trials if not trial.is_control]

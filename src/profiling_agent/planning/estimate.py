@@ -134,6 +134,13 @@ def layer_gains(profile: Profile, history: Sequence[Trial], pair: Pair) -> list[
     ]
 
 
+def float_cost(plan: Plan, gains: Sequence[LayerGain]) -> float:
+    """What the layers that the plan keeps float cost, over the baseline's time."""
+    names = [gain.name for gain in gains]
+    kept = {n for pattern in plan.quantization.keep_float for n in matches(pattern, names)}
+    return sum(gain.saved for gain in gains if gain.name in kept)
+
+
 def layers_of(profile: Profile, scheme: str) -> list[LayerQuantization]:
     """The layers that a scheme quantizes one by one, as measured for its kind of int8."""
     kind = next((k for k in ("int8-dynamic", "int8-static") if scheme.startswith(k)), None)
@@ -316,19 +323,21 @@ def _together(profile: Profile, removed: Mapping[str, float]) -> float:
 def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
     """Measured over predicted saving of this pair's pruned trials, between 0.2 and 1.5; 1 if none.
 
-    This is how the trials correct the latency estimate.
+    This is how the trials correct the latency estimate. What layers kept float cost is not held
+    against the pruning.
     """
     control = controls(history).get(pair)
     base = relative_latency(control) if control else None
     if base is None:
         return 1.0
+    gains = layer_gains(profile, history, pair)
     predicted = measured = 0.0
     for trial in history:
         time = relative_latency(trial)
         if trial.plan.pruning and pair_of(trial) == pair and time is not None:
             share = predict_saved_share(profile, trial.plan)
             predicted += share * share
-            measured += share * (1.0 - time / base)
+            measured += share * (1.0 + (float_cost(trial.plan, gains) - time) / base)
     if predicted == 0.0:
         return 1.0
     return min(1.5, max(0.2, measured / predicted))

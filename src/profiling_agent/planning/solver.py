@@ -24,6 +24,7 @@ from profiling_agent.planning.estimate import (
     LayerGain,
     Option,
     base_latency,
+    float_cost,
     group_options,
     layer_gains,
     predict_kl,
@@ -34,16 +35,19 @@ from profiling_agent.planning.estimate import (
 from profiling_agent.planning.history import (
     Pair,
     controls,
+    pair_of,
 )
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.records.common import Budget
-from profiling_agent.records.patterns import assign, exactly, matches, units_kept
+from profiling_agent.records.patterns import assign, exactly, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization, Repair
 from profiling_agent.records.profile import GroupCost, Profile
 from profiling_agent.records.trial import Trial
 
 MAX_STEPS = 12
 """How often the allowance is moved on in search of a plan that was not tried."""
+MAX_FAILED = 2
+"""Plans in a row that could not be carried out, after which a runtime and scheme is given up."""
 
 
 class Solver:
@@ -58,6 +62,8 @@ class Solver:
         tried = {trial.plan.plan_id for trial in history}
         best: tuple[float, Proposal] | None = None
         for pair in worth_trying(profile, history, budget):
+            if _always_fails(pair, history):
+                continue
             proposal = _propose_for(pair, profile, history, budget, seed, tried)
             if proposal is None:
                 continue
@@ -65,6 +71,13 @@ class Solver:
             if best is None or value < best[0]:
                 best = (value, proposal)
         return best[1] if best else None
+
+
+def _always_fails(pair: Pair, history: Sequence[Trial]) -> bool:
+    """Whether the last plans there could not be carried out; another would cost as much."""
+    ours = [trial for trial in history if pair_of(trial) == pair and not trial.is_control]
+    last = ours[-MAX_FAILED:]
+    return len(last) == MAX_FAILED and all(trial.status == "failed" for trial in last)
 
 
 def promise(
@@ -167,10 +180,7 @@ def estimate(plan: Plan, profile: Profile, history: Sequence[Trial]) -> Proposal
     """Anyone's plan with the estimates that the solver would give it."""
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
     base = base_latency(profile, history, pair)
-    gains = layer_gains(profile, history, pair)
-    names = [gain.name for gain in gains]
-    floats = {n for pattern in plan.quantization.keep_float for n in matches(pattern, names)}
-    lost = sum(gain.saved for gain in gains if gain.name in floats)
+    lost = float_cost(plan, layer_gains(profile, history, pair))
     scale = saving_scale(profile, history, pair) * base
     return expected(plan, profile, base=base, scale=scale, lost=lost)
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from profiling_agent.records.base import Record
 
-GuardAction = Literal["rejected", "unanswered", "rewritten", "fallback", "rollback"]
+GuardAction = Literal["rejected", "unanswered", "rewritten", "fallback", "handover", "rollback"]
 
 
 class LlmLimits(Record):
@@ -94,12 +94,13 @@ class Exchange(Record):
 
 class Guard(Record):
     """Something a guard did: a rejected answer, a question that got none, a rewritten plan, a
-    fallback, a rollback."""
+    fallback, a hand-over to the planner behind for the rest of the run, a rollback."""
 
     action: GuardAction
     author: str
     trial_id: str | None = Field(
-        default=None, description="the trial it led to, or that was rolled back"
+        default=None,
+        description="the trial it led to, that was rolled back, or from which on it holds",
     )
     reason: str
 

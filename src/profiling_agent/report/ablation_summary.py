@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 
 from profiling_agent.records.ablation import AblationRecord, Arm
@@ -72,10 +72,14 @@ def median_gains(record: AblationRecord, arms: Iterable[Arm]) -> tuple[float | N
     """Of the seeds, after each number of trials; an arm that ended early stays where it was."""
     length = record.settings.search.budget.max_trials + 1
     curves = [_padded(arm.gains, length) for arm in arms if arm.gains]
-    return tuple(
-        median(known) if (known := [c[i] for c in curves if c[i] is not None]) else None  # pyright: ignore
-        for i in range(length if curves else 0)
-    )
+    return tuple(_median([curve[i] for curve in curves]) for i in range(length if curves else 0))
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    """``None``, nothing feasible, is less than anything."""
+    ordered = sorted(values, key=lambda value: -math.inf if value is None else value)
+    below, above = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return None if below is None or above is None else (below + above) / 2
 
 
 def _padded(gains: tuple[float | None, ...], length: int) -> tuple[float | None, ...]:
@@ -128,7 +132,12 @@ def _spread(values: Sequence[float | None], show: Callable[[float], str]) -> tup
     if not known:
         return DASH, ""
     low, high = show(min(known)), show(max(known))
-    return show(median(known)), f"{low} to {high}" if low != high else ""
+    middle = _median(values)
+    spread = f"{low} to {high}" if low != high else ""
+    if len(known) < len(values):
+        spread = f"{low} in" if low == high else f"{spread}, in"
+        spread += f" {len(known)} of {len(values)} seeds"
+    return DASH if middle is None else show(middle), spread
 
 
 def _over(arms: list[Arm]) -> tuple[str, str]:

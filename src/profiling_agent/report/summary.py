@@ -39,6 +39,7 @@ _GUARDS: Final[dict[GuardAction, str]] = {
     "unanswered": "questions without an answer",
     "rewritten": "plans rewritten",
     "fallback": "solver instead",
+    "handover": "hand-overs",
     "rollback": "rollbacks",
 }
 
