@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -648,6 +649,33 @@ def test_an_unknown_cost_is_not_zero() -> None:
     with pytest.raises(LlmUnavailable, match=r"costs is not known \(no price list\)") as caught:
         client.ask(question("3"))  # a limit in dollars that nobody can keep
     assert caught.value.is_final
+
+
+def test_tokens_that_are_not_told_count_as_the_longest_answer() -> None:
+    untold = make_reply(input_tokens=None, output_tokens=None)
+    client, _, _ = make_client(untold, untold, max_tokens=150, max_answer_tokens=100)
+    client.ask(question("1"))
+    client.ask(question("2"))
+    with pytest.raises(LlmUnavailable, match="150 tokens"):
+        client.ask(question("3"))
+    assert client.usage.output_tokens == 0  # what was told
+
+
+def test_a_continued_run_reads_what_the_first_one_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No key that an endpoint gave back, no half of a character, whether tools are offered."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    call = ToolUse(call_id="1", name="look", arguments=f'{{"name": "{KEY}"}}')
+    said = make_reply(f"half \ud83d of {KEY}", calls=(call,))
+    path = tmp_path / "llm.jsonl"
+    client, _, _ = make_client(said, transcript=Transcript(path))
+    first = client.ask(question())
+    assert first.text == "half ? of [secret]"
+    assert first.calls[0].arguments == '{"name": "[secret]"}'
+    tool = ToolOffer(name="look", description="", parameters={})
+    resumed, _, _ = make_client(transcript=Transcript(path))
+    assert resumed.ask(replace(question(), tools=(tool,))) == first
 
 
 def test_an_interrupted_request_is_kept(tmp_path: Path) -> None:

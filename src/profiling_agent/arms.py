@@ -296,7 +296,7 @@ def name_of(arm: Arm) -> str:
 def _unreached(walked: WalkedArm) -> str:
     """Why nothing was ever answered to the arm, or an empty text: such an arm shows the solver."""
     usage = walked.arm.usage
-    if usage is None or usage.answered:
+    if usage is None or usage.answered or not usage.requests:
         return ""
     lost = (guard.reason for guard in walked.arm.guards if guard.action == "unanswered")
     return next(lost, "")

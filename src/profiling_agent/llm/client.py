@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiling_agent.errors import LlmUnavailable
 from profiling_agent.llm.conversation import Conversation, Provider, ProviderFault, Reply, Turn
 from profiling_agent.llm.faults import FinalFault
-from profiling_agent.llm.transcript import MAX_ANSWER_CHARACTERS, Transcript, is_answered, redact
+from profiling_agent.llm.transcript import MAX_ANSWER_CHARACTERS, Transcript, clean, is_answered
 from profiling_agent.records.llm import Exchange, LlmLimits, LlmUsage
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0
@@ -72,7 +72,7 @@ class Client:
         self._refuse_beyond_limits(attempts=0, seconds=0.0)
         attempts = _Attempts(started=self._now())
         try:
-            reply = self._until_answered(conversation, attempts)
+            reply = _cleaned(self._until_answered(conversation, attempts))
         except LlmUnavailable as error:
             self._keep(conversation, None, attempts, error=str(error))
             raise
@@ -94,7 +94,7 @@ class Client:
                 self._wait_or_give_up(fault, attempts)
 
     def _wait_or_give_up(self, fault: ProviderFault, attempts: _Attempts) -> None:
-        sentence = redact(str(fault))
+        sentence = clean(str(fault))
         if not fault.is_passing:
             raise LlmUnavailable(sentence, is_final=isinstance(fault, FinalFault)) from None
         if attempts.count > self._limits.max_retries:
@@ -118,9 +118,9 @@ class Client:
         cost = _known_cost(self._exchanges)
         if spent.requests + attempts >= limits.max_requests:
             reached = f"{limits.max_requests:,} requests"
-        elif spent.input_tokens + spent.output_tokens >= limits.max_tokens:
+        elif self._tokens() >= limits.max_tokens:
             reached = f"{limits.max_tokens:,} tokens"
-        elif limits.max_cost_usd is not None and spent.output_tokens and spent.cost_usd is None:
+        elif limits.max_cost_usd is not None and spent.answered and spent.cost_usd is None:
             raise LlmUnavailable(
                 f"What {self.provider.name} costs is not known ({spent.no_cost}), so a limit in "
                 "dollars can't be kept. Limit tokens in its place.",
@@ -136,6 +136,15 @@ class Client:
             return left
         raise LlmUnavailable(
             f"The run's limit for the language model is reached: {reached}.", is_final=True
+        )
+
+    def _tokens(self) -> int:
+        """Spent so far; an answer whose tokens aren't told counts as the longest there may be."""
+        return sum(
+            (each.input_tokens or 0) + (each.output_tokens or 0)
+            if each.output_tokens is not None or each.answer is None
+            else self._limits.max_answer_tokens
+            for each in self._exchanges
         )
 
     def _seconds_left(self, seconds: float) -> float:
@@ -207,6 +216,18 @@ def _describe(turn: Turn) -> str:
         return f"tool {turn.name} ({turn.call_id}): {turn.text}"
     calls = "".join(f"\n[calls {call.name}: {call.arguments}]" for call in turn.calls)
     return f"{turn.role}: {turn.text}{calls}"
+
+
+def _cleaned(reply: Reply) -> Reply:
+    """The reply as the transcript will hold it, so that a continued run goes on from the same."""
+    return replace(
+        reply,
+        text=clean(reply.text),
+        calls=tuple(
+            call.model_copy(update={"name": clean(call.name), "arguments": clean(call.arguments)})
+            for call in reply.calls
+        ),
+    )
 
 
 def _no_cost(reply: Reply | None) -> str:

@@ -49,10 +49,11 @@ class Conversation:
 
     @property
     def request_hash(self) -> str:
+        """Of everything but the offered tools: these are left out once an endpoint refused them,
+        which a continued run does not know."""
         turns = [[t.role, t.text, t.call_id, [[c.name, c.arguments] for c in t.calls]]
                  for t in self.turns]  # fmt: skip
-        tools = [[t.name, t.description, t.parameters] for t in self.tools]
-        return _hash(json.dumps([self.instructions, turns, self.schema, tools], sort_keys=True))
+        return _hash(json.dumps([self.instructions, turns, self.schema], sort_keys=True))
 
     def extended(self, *turns: Turn) -> Conversation:
         """The conversation with further turns."""

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from profiling_agent.llm.conversation import ProviderFault
-from profiling_agent.llm.transcript import redact
+from profiling_agent.llm.transcript import clean
 
 _PASSING = (408, 409, 425, 429)
 _SAID = 300  # characters of the provider's own words that are quoted
@@ -72,7 +72,7 @@ def body_text(body: object) -> str:
 
 def quoted(said: str) -> str:
     """`` (...)`` with the provider's own words on one line, short and without secrets."""
-    words = " ".join(redact(said).split())
+    words = " ".join(clean(said).split())
     if not words:
         return ""
     return f" ({words[:_SAID]}...)" if len(words) > _SAID else f" ({words})"

@@ -254,7 +254,9 @@ def _as_fault(source: Source, error: Exception) -> ProviderFault | _Refused:
         return FinalFault(f"{name} answers with a web page or other text; {source.advice}.")
     # a body without choices is an IndexError there, one that is no JSON the cause of another error
     broken = (UnexpectedModelBehavior, ValueError, LookupError, TypeError, AttributeError)
-    if isinstance(error, broken) or isinstance(_root(error), ValueError):
+    root = _root(error)  # a certificate's error is both, and about the connection
+    is_no_json = isinstance(root, ValueError) and not isinstance(root, OSError)
+    if is_no_json or (isinstance(error, broken) and not isinstance(error, OSError)):
         return ProviderFault(f"{name} gave a broken answer{said}.", is_passing=True)
     if _is_cut(error):
         return ProviderFault(

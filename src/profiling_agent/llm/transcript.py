@@ -17,7 +17,7 @@ from profiling_agent.records.llm import Exchange
 
 SECRET = "[secret]"
 MAX_ANSWER_CHARACTERS = 200_000
-_SECRET_NAMES = ("_API_KEY", "_TOKEN", "_SECRET")
+_SECRET_NAMES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_BEDROCK")
 _SECRET_LENGTH = 8  # shorter values of such variables are words like "none"
 _LOOKS_SECRET = (
     (re.compile(r"\bsk-[A-Za-z0-9_-]{8,}"), SECRET),
@@ -35,6 +35,11 @@ def redact(text: str) -> str:
     for pattern, replacement in _LOOKS_SECRET:
         text = pattern.sub(replacement, text)
     return text
+
+
+def clean(text: str) -> str:
+    """Without secrets, and with ``?`` for characters that UTF-8 hasn't: half of a pair, say."""
+    return redact(text).encode("utf-8", "replace").decode()
 
 
 def is_answered(exchange: Exchange) -> bool:
@@ -82,9 +87,9 @@ def _secrets() -> Iterable[str]:
 
 
 def _redacted(value: _T) -> _T:
-    """The value with every string in it redacted; characters that UTF-8 hasn't become ``?``."""
+    """The value with every string in it clean."""
     if isinstance(value, str):
-        return redact(value).encode("utf-8", "replace").decode()  # pyright: ignore[reportReturnType]
+        return clean(value)  # pyright: ignore[reportReturnType]
     if isinstance(value, dict):
         return {key: _redacted(each) for key, each in value.items()}  # pyright: ignore
     if isinstance(value, (list, tuple)):

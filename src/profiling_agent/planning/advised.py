@@ -256,13 +256,13 @@ def _completed(plan: Plan, profile: Profile, history: Sequence[Trial], budget: B
         return plan
     if predict_kl(profile, plan) > allowance:
         return shrunk_to(plan, profile, allowance) or plan
-    taken = assign(plan, tuple(group.id for group in profile.groups))
+    ids = tuple(group.id for group in profile.groups)
+    taken = assign(plan, ids)
     cut = [group_id for group_id, line in taken.items() if line.ratio > 0]
-    others = tuple(group for group in profile.groups if group.id not in taken)
     bare = plan.model_copy(update={"quantization": plan.quantization.model_copy(
         update={"scheme": "fp32", "keep_float": ()})})  # fmt: skip
-    rest = profile.model_copy(update={"groups": others})
-    found = solve(pair, rest, history, budget, plan.seed, allowance - predict_kl(profile, bare))
+    left = allowance - predict_kl(profile, bare)
+    found = solve(pair, profile, history, budget, plan.seed, left, leave=taken)
     if found is None:
         return plan
     kept = dict.fromkeys((*plan.quantization.keep_float, *found.plan.quantization.keep_float))
@@ -270,7 +270,7 @@ def _completed(plan: Plan, profile: Profile, history: Sequence[Trial], budget: B
         update={
             "pruning": (*plan.pruning, *found.plan.pruning),
             "quantization": plan.quantization.model_copy(update={"keep_float": tuple(kept)}),
-            "repair": repair_for((*cut, *assign(found.plan, tuple(group.id for group in others)))),
+            "repair": repair_for((*cut, *assign(found.plan, ids))),
         }
     )
     within = predict_kl(profile, completed) <= allowance * (1 + 1e-9)

@@ -145,12 +145,13 @@ def solve(
     allowance: float,
     *,
     prune: bool = True,
+    leave: Collection[str] = (),
 ) -> Proposal | None:
     """The fastest plan of a runtime and scheme whose predicted divergence fits the allowance.
 
-    Without ``prune`` only layers are chosen that stay float.
+    Without ``prune`` only layers are chosen that stay float; groups in ``leave`` stay whole.
     """
-    groups = profile.groups if prune else ()
+    groups = [group for group in profile.groups if prune and group.id not in leave]
     base = base_latency(profile, history, pair)
     scale = saving_scale(profile, history, pair) * base
     gains = layer_gains(profile, history, pair)

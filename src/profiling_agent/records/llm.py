@@ -53,7 +53,7 @@ class LlmSettings(Record):
     def _without_secrets(cls, url: str | None) -> str | None:
         """It is written into the run's record."""
         parts = urlsplit(url or "")
-        if parts.username or parts.password or parts.query:
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise PydanticCustomError(
                 "secret", "the endpoint's URL holds a password or key; give it in the environment"
             )
@@ -72,7 +72,7 @@ class Exchange(Record):
     """One request to a model and its answer, as the transcript keeps it.
 
     ``sent`` holds the turns that were not in the exchange before; ``request_hash`` is over all of
-    them, instructions, schema and tools included.
+    them, with instructions and schema.
     """
 
     number: int

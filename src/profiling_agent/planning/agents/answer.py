@@ -19,7 +19,7 @@ from profiling_agent.errors import PlanError
 from profiling_agent.planning.check import MAX_RATIO, check_plan
 from profiling_agent.planning.solver import repair_for
 from profiling_agent.records.base import describe_faults
-from profiling_agent.records.patterns import assign, matches
+from profiling_agent.records.patterns import TIMEOUT_S, assign, matches
 from profiling_agent.records.plan import (
     MAX_PATTERN_LENGTH,
     Importance,
@@ -39,6 +39,8 @@ MAX_REASON = 1500
 """Characters of a reason; a longer one loses its middle."""
 PATTERNS_S = 1.0
 """Seconds that all patterns of an answer may take together."""
+PATTERN_SHARE = 0.5
+"""Of the timeout of a pattern: it is matched again on other names, maybe when less is free."""
 _FENCE = regex.compile(r"```(?:json)?[ \t]*\n(.*?)```", regex.DOTALL | regex.IGNORECASE)
 
 
@@ -146,9 +148,11 @@ def read_answer(
         return _refused(reason)
     try:
         plan = _plan(answer, profile, seed, limits)
+        reason = check_plan(plan, profile, tried)
     except ValidationError as error:
         return _refused(f"The answer does not make a plan: {describe_faults(error)}.")
-    reason = check_plan(plan, profile, tried)
+    except PlanError as error:  # a pattern that was just in time before
+        return _refused(str(error))
     if reason is not None:
         return _refused(reason)
     return Parsed(plan=plan, why=plan.why, changed=changed)
@@ -204,11 +208,13 @@ def _slow_patterns(answer: Answer, profile: Profile) -> str | None:
     ]:
         if not pattern or len(pattern) > MAX_PATTERN_LENGTH:
             return f"A pattern has {len(pattern)} characters; give 1 to {MAX_PATTERN_LENGTH}."
+        start = time.monotonic()
         try:
             matches(pattern, among)
         except PlanError as error:
             return str(error)
-        if time.monotonic() > ends:
+        slow = time.monotonic() - start > PATTERN_SHARE * TIMEOUT_S
+        if slow or time.monotonic() > ends:
             return "The patterns take too long to match. Copy those of the GROUPS table."
     return None
 

@@ -6,12 +6,13 @@ same question with other instructions, since all that was learned stands in the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from profiling_agent.errors import BudgetError
+from profiling_agent.errors import BudgetError, PlanError
 from profiling_agent.llm.conversation import Conversation, Reply, Turn
 from profiling_agent.planning.agents.answer import (
     ANYTHING,
@@ -22,11 +23,11 @@ from profiling_agent.planning.agents.answer import (
     tried_plans,
 )
 from profiling_agent.planning.agents.digest import digest
-from profiling_agent.planning.agents.folding import shown
 from profiling_agent.planning.agents.tools import Tools
 from profiling_agent.planning.effects import nothing_new
 from profiling_agent.records.common import Budget
 from profiling_agent.records.llm import ToolUse
+from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
@@ -38,6 +39,7 @@ MAX_CALLS = 4
 """Tools called at once."""
 MAX_ECHO = 4000
 """Characters of a rejected answer that are sent back as its own words."""
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PROMPTS = Path(__file__).parent / "prompts"
 
 Ask = Callable[[Conversation], Reply]
@@ -106,7 +108,7 @@ def consult(ask: Ask, question: Question, rejected: list[str]) -> Parsed:
             limits=question.limits,
         )
         if parsed.plan is not None:
-            reason = nothing_new(parsed.plan, question.profile, question.history)
+            reason = _nothing_new(parsed.plan, question)
             parsed = Parsed(reason=reason) if reason else parsed
         if not parsed.reason:
             return parsed
@@ -118,6 +120,13 @@ def consult(ask: Ask, question: Question, rejected: list[str]) -> Parsed:
             *_unanswered(reply),
             Turn(role="user", text=f"{parsed.reason} Answer again, with the whole object."),
         )
+
+
+def _nothing_new(plan: Plan, question: Question) -> str | None:
+    try:
+        return nothing_new(plan, question.profile, question.history)
+    except PlanError as error:  # a pattern that was just in time before
+        return str(error)
 
 
 def _repeats(reply: Reply, before: Reply | None) -> bool:
@@ -133,16 +142,26 @@ def _called(reply: Reply, tools: Tools) -> list[Turn]:
         text = "Too many calls at once." if number >= MAX_CALLS else tools.use(
             call.name, call.arguments
         )  # fmt: skip
-        turns.append(Turn(role="tool", text=text, call_id=call.call_id, name=call.name))
+        turns.append(Turn(role="tool", text=text, call_id=call.call_id, name=_sendable(call)))
     return turns
 
 
 def _brief(calls: Sequence[ToolUse]) -> tuple[ToolUse, ...]:
-    """The calls as they are sent back; endless arguments are not."""
+    """The calls as they are sent back; endless arguments and impossible names are not."""
     return tuple(
-        call if len(call.arguments) <= MAX_ECHO else call.model_copy(update={"arguments": "{}"})
+        call.model_copy(
+            update={
+                "name": _sendable(call),
+                "arguments": call.arguments if len(call.arguments) <= MAX_ECHO else "{}",
+            }
+        )
         for call in calls
     )
+
+
+def _sendable(call: ToolUse) -> str:
+    """A name that services take back: they refuse requests with any other."""
+    return call.name if _TOOL_NAME.fullmatch(call.name) else "unknown"
 
 
 def _unanswered(reply: Reply) -> list[Turn]:
@@ -150,7 +169,7 @@ def _unanswered(reply: Reply) -> list[Turn]:
     turns = [Turn(role="assistant", text=reply.text[:MAX_ECHO] or "…", calls=_brief(reply.calls))]
     for call in reply.calls:
         text = "No more tools; answer now."
-        turns.append(Turn(role="tool", text=text, call_id=call.call_id, name=shown(call.name)))
+        turns.append(Turn(role="tool", text=text, call_id=call.call_id, name=_sendable(call)))
     return turns
 
 

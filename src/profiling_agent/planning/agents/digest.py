@@ -143,8 +143,8 @@ def _bottlenecks(profile: Profile, limit: int) -> str:
         rows.append(
             (
                 -ms,
-                f"{shown(name) or 'the model itself'} ({kind}) x{len(modules)} | {ms / total:.0%} "
-                f"| {intensity:.3g} | {bound}",
+                f"{shown(name) or 'the model itself'} ({shown(kind)}) x{len(modules)} "
+                f"| {ms / total:.0%} | {intensity:.3g} | {bound}",
             )
         )
     head = "WHERE EAGER TIME GOES: place | share | MACs per byte | bound by"

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pydantic_core import from_json
 
+from profiling_agent.errors import PlanError
 from profiling_agent.llm.conversation import ToolOffer
 from profiling_agent.planning.agents.answer import Limits, answer_schema, read_answer
 from profiling_agent.planning.agents.folding import printable, shown
@@ -90,7 +91,10 @@ class Tools:
             return "The arguments are not JSON."
         if not isinstance(given, dict):
             return "The arguments must be an object."
-        return tools[name](cast(dict[str, Any], given), arguments)[:MAX_SHOWN]
+        try:
+            return tools[name](cast(dict[str, Any], given), arguments)[:MAX_SHOWN]
+        except PlanError as error:  # a pattern that was just in time before
+            return str(error)[:MAX_SHOWN]
 
     def _group(self, given: dict[str, Any]) -> str:
         name = str(given.get("name", ""))
