@@ -1256,7 +1256,7 @@ def test_a_tie_is_the_solvers(is_same: bool) -> None:
 
 def test_hybrid_does_not_complete_what_is_to_be_rescued() -> None:
     """While int8 is over the budget with nothing pruned, the solver adds no pruning."""
-    history = [control("c3", INT8, 0.5, 0.6)]
+    history = [control("c3", INT8, 0.5, 0.9)]
     planner = advised("hybrid", [said(keep_float=["b\\.fc1"])])
     found = proposed(planner, history)
     assert found.plan.pruning == ()

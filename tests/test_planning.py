@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 
 from profiling_agent.errors import BudgetError, PlanError
-from profiling_agent.planning.allowance import KL_PER_POINT, allowance_bracket, next_allowance
+from profiling_agent.planning.allowance import (
+    KL_PER_POINT,
+    allowance_bracket,
+    needs_rescue,
+    next_allowance,
+)
 from profiling_agent.planning.check import check_plan, demand_plan
 from profiling_agent.planning.decide import (
     Final,
@@ -34,6 +39,7 @@ from profiling_agent.planning.estimate import (
     predict_saved_share,
     saved_share,
     saving_scale,
+    worth_trying,
 )
 from profiling_agent.planning.history import Pair, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
@@ -445,6 +451,20 @@ def test_the_bracket_stands_between_what_held_and_what_did_not() -> None:
     assert bracket([*history, crashed]) == bracket(history)
     other = tried(5, pruned_plan(0.5, pair=TORCH), 0.7, 3.0)
     assert bracket([*history, other]) == bracket(history)
+
+
+def test_a_control_that_may_be_over_by_chance_does_not_shut_its_pair() -> None:
+    """Drops are known to 0.2 points here: 0.6 of 0.5 may be within, 0.8 is not."""
+    doubtful, over = control("c3", INT8, 0.4, 0.6), control("c3", INT8, 0.4, 0.8)
+    assert not needs_rescue(INT8, [doubtful], BUDGET) and needs_rescue(INT8, [over], BUDGET)
+    found = find_planner("solver").propose(profile_of(), [doubtful], BUDGET, 0)
+    assert found is not None and found.plan.pruning
+    failed = tried(1, found.plan, 0.3, 1.5)
+    assert needs_rescue(INT8, [doubtful, failed], BUDGET)  # once
+    assert not needs_rescue(INT8, [doubtful, tried(1, found.plan, 0.3, 0.4)], BUDGET)
+    bf16 = Pair(runtime="openvino", scheme="bf16")
+    for drop, offered in ((0.6, [bf16]), (0.8, [])):
+        assert worth_trying(profile_of(), [control("c1", bf16, 0.4, drop)], BUDGET) == offered
 
 
 def allowed(pair: Pair, *trials: Trial, of: Sequence[Trial] | None = None) -> float | None:

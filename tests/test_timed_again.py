@@ -147,11 +147,11 @@ def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
 ) -> None:
     """Of several races of their own the luckiest comes first."""
     said: list[str] = []
-    lucky = Beside({"c1": 4.1, "t1": 5.9, "t3": 6.1, "t4": 6.8})
+    lucky = Beside({"c1": 4.1, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
     budget = Budget(max_drop=0.5, time_s=600.0)
     assert nominated(lucky, tmp_path, budget, said)[:3] == ["t4", "t3", "t1"]
-    assert lucky.raced == ["c1", "t1", "t4", "t3"]  # the three fastest
-    slower = Beside({"c1": 6.5, "t1": 5.9, "t3": 6.1, "t4": 6.8})
+    assert lucky.raced == ["c1", "t1", "t4", "t3", "t2"]  # the fastest first
+    slower = Beside({"c1": 6.5, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
     assert nominated(slower, tmp_path, budget, said) == ["t4"]  # the others don't beat the control
     for other in (Budget(max_drop=0.5, time_s=60.0), Budget(max_drop=0.5, objective="size")):
         unasked = Beside({})

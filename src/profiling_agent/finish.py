@@ -40,7 +40,7 @@ RACE_SHARE = 0.1
 """Of the time budget, at most, for the race that the headline is taken from."""
 OPENING_S = 8.0
 """For starting the processes of a race."""
-LEADERS, LEADERS_SHARE = 3, 0.065
+LEADERS, LEADERS_SHARE = 5, 0.07
 """Plans that are timed beside each other before the candidates are named, where that takes at most
 this share of the time budget."""
 NOT_RACED = NotMeasured(

@@ -53,7 +53,7 @@ MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
 """What a profile takes at least: seconds, and forwards of the original on a sample."""
 CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
 """Of the time before the final stage, for controls; they stop there, but not before the second."""
-SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.006, 1000, 2.5
+SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.012, 1000, 2.5
 """A trial's accuracy takes about this share of the time budget, if it runs so many times faster
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
 DEPLOYED_SHARE = 0.05

@@ -16,6 +16,7 @@ from profiling_agent.planning.estimate import predict_kl
 from profiling_agent.planning.history import (
     Pair,
     controls,
+    is_clearly_over,
     is_feasible,
     pair_of,
     search_drop,
@@ -54,14 +55,15 @@ def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
     """Whether all that was tried of an int8 scheme is over the budget, its control too.
 
     Then the layers to keep float are found before anything is pruned: two faults at once would hide
-    each other.
+    each other. A control that may be over by chance is given the benefit of the doubt once.
     """
-    tried = [t for t in history if pair_of(t) == pair]
-    return (
-        pair.scheme.startswith("int8")
-        and any(trial.is_control for trial in tried)
-        and not any(is_feasible(trial, budget) for trial in tried)
-    )
+    tried = [t for t in history if pair_of(t) == pair and t.status != "failed"]
+    known = [trial for trial in tried if trial.is_control]
+    if not pair.scheme.startswith("int8") or not known:
+        return False
+    if any(is_feasible(trial, budget) for trial in tried):
+        return False
+    return len(tried) > len(known) or is_clearly_over(known[0], budget)
 
 
 def allowance_bracket(
@@ -71,8 +73,10 @@ def allowance_bracket(
 
     A screened trial, which collapsed, counts as too much; a failed one says nothing. An int8
     control that holds says little of a plan that prunes and keeps layers float: it counts as long
-    as nothing below its divergence was too much.
+    as nothing below its divergence was too much. One over the budget counts where layers are to be
+    kept float for it.
     """
+    rescues = needs_rescue(pair, history, budget)
     kept: list[float] = []
     lost: list[float] = []
     control: float | None = None
@@ -85,6 +89,8 @@ def allowance_bracket(
                 control = kl
             else:
                 kept.append(kl)
+        elif trial.is_control and not rescues:
+            continue
         elif trial.status == "screened" or search_drop(trial) is not None:
             lost.append(kl)
     low, high = max(kept, default=None), min(lost, default=None)

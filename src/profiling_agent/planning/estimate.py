@@ -15,6 +15,7 @@ from itertools import pairwise
 from profiling_agent.planning.history import (
     Pair,
     controls,
+    is_clearly_over,
     is_feasible,
     pair_of,
     relative_latency,
@@ -169,7 +170,7 @@ def controls_to_profile(history: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
 
 
 def worth_trying(profile: Profile, history: Sequence[Trial], budget: Budget) -> list[Pair]:
-    """Pairs whose control was measured; those that already lost far too much only if int8.
+    """Pairs whose control was measured; those that clearly lost too much only if int8.
 
     A float scheme over the budget can't be saved by pruning; an int8 one can keep layers float.
     """
@@ -179,7 +180,7 @@ def worth_trying(profile: Profile, history: Sequence[Trial], budget: Budget) -> 
         return [Pair(runtime="torch", scheme=scheme) for scheme in schemes]
     pairs: list[Pair] = []
     for pair, trial in measured.items():
-        hopeless = not is_feasible(trial, budget) and not pair.scheme.startswith("int8")
+        hopeless = is_clearly_over(trial, budget) and not pair.scheme.startswith("int8")
         if not hopeless and relative_latency(trial) is not None:
             pairs.append(pair)
     return pairs

@@ -57,6 +57,14 @@ def is_feasible(trial: Trial, budget: Budget) -> bool:
     return trial.status == "done" and drop is not None and drop <= budget.max_drop * (1 + 1e-9)
 
 
+def is_clearly_over(trial: Trial, budget: Budget) -> bool:
+    """Over the budget on search, even by the lower end of the drop's interval; or not measured."""
+    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    if trial.status != "done" or accuracy is None or accuracy.drop is None:
+        return True
+    return accuracy.drop.low > budget.max_drop
+
+
 def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
     """Feasible trials whose objective was measured, best first; ties keep their order."""
     good = [t for t in trials if is_feasible(t, budget) and trial_value(t, budget) is not None]
