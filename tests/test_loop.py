@@ -28,7 +28,7 @@ from profiling_agent.run_state import is_finished, read_state
 from profiling_agent.trial import WorkerBuilder
 from small_workload import make_data, train, write_project
 
-MAX_DROP, SECONDS = 2.0, 110
+MAX_DROP, SECONDS = 2.0, 120
 SERVE_CHECK = Path(__file__).resolve().parents[1] / "benchmarks" / "serve_check.py"
 
 
