@@ -19,7 +19,7 @@ from profiling_agent.evaluation.predictor import LivePredictor
 from profiling_agent.finish import Finish, answers_of_original
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.records.common import Budget, Deployment
-from profiling_agent.records.evaluation import Speedup
+from profiling_agent.records.evaluation import Evaluation, Speedup
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunSettings, Trial
@@ -89,8 +89,14 @@ def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
     )
     assert trial.status == "done", trial.reason
     assert "the machine was busy" in trial.reason
-    again = runner.time_again(trial, folder, SHORT, None)
-    assert again.evaluation is not None and trial.evaluation is not None
+    assert trial.evaluation is not None
+    busy, quiet = (
+        trial.model_copy(update={"evaluation": slowed(trial.evaluation, factor)})
+        for factor in (100.0, 0.01)
+    )
+    assert runner.time_again(quiet, folder, SHORT, None) == quiet  # no race will be so quiet
+    again = runner.time_again(busy, folder, SHORT, None)
+    assert again.evaluation is not None
     times = {"timing", "speedup", "throughput_per_s"}
     assert again.evaluation.timing != trial.evaluation.timing
     assert again.evaluation.model_dump(exclude=times) == trial.evaluation.model_dump(exclude=times)
@@ -103,6 +109,13 @@ def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
     assert beside.evaluation.accuracy == trial.evaluation.accuracy
     with pytest.raises(TrialError):
         runner.time_together([trial], lambda _: tmp_path / "gone", SHORT)
+
+
+def slowed(evaluation: Evaluation, factor: float) -> Evaluation:
+    """As if the original had taken so many times as long in its race."""
+    assert evaluation.speedup is not None
+    ratio = make_interval(factor * evaluation.speedup.ratio.estimate)
+    return evaluation.model_copy(update={"speedup": Speedup(over="baseline", ratio=ratio)})
 
 
 class Beside:

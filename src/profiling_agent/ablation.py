@@ -180,7 +180,7 @@ class Comparison:
 
     def _as_record(self, walked: WalkedArm, used: set[str]) -> Arm:
         """The arm with its attempts; ``used`` are the measurements of the arms before it."""
-        if walked.planner is None:
+        if walked.planner is None or (not walked.tried and walked.ended == OUT_OF_TIME):
             return walked.arm.model_copy(update={"ended": walked.ended})
         baseline, controls = self.state.baseline, self.walker.controls()
         assert baseline is not None

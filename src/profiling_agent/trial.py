@@ -314,7 +314,8 @@ class TrialRunner:
     def time_again(
         self, trial: Trial, folder: Path, protocol: TimingProtocol, deadline: float | None
     ) -> Trial:
-        """A done trial with the times of another race; as it was, where that can't be run."""
+        """A done trial with the times of another race; as it was, where that can't be run or the
+        machine was busier still."""
         evaluation = trial.evaluation
         if evaluation is None or not folder.exists():
             return trial
@@ -323,6 +324,9 @@ class TrialRunner:
             with contextlib.closing(self.open(folder, trial.plan.runtime)) as predictor:
                 times, reason = self._raced(trial.trial_id, predictor, protocol, deadline)
         except TrialError:
+            return trial
+        before = _original_ms(trial)
+        if before is not None and times.timing("baseline").median_ms >= before:
             return trial
         measured = _measured(times, trial.trial_id, self.deployment)
         evaluation = evaluation.model_copy(update=measured)
