@@ -71,21 +71,21 @@ def final_seconds(
     race_s = protocol.seconds(original_call_s, racers) + OPENING_S
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
     leaders_s = 0.0
-    if num_artefacts > 1 and times_leaders(original_call_s, time_budget_s):
+    if num_artefacts > 1 and _times_leaders(original_call_s, time_budget_s):
         leaders_s = _leaders_seconds(original_call_s)
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + leaders_s)
 
 
-def times_leaders(original_call_s: float, time_budget_s: float) -> bool:
+def _times_leaders(original_call_s: float, time_budget_s: float) -> bool:
     return _leaders_seconds(original_call_s) <= LEADERS_SHARE * time_budget_s
 
 
 def _leaders_seconds(original_call_s: float) -> float:
     racers = LEADERS + 2  # the original and the best control
-    return leaders_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
+    return _leaders_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
 
 
-def leaders_protocol(original_call_s: float) -> Protocol:
+def _leaders_protocol(original_call_s: float) -> Protocol:
     return Protocol(num_blocks=8, block_s=0.1).suited_to(original_call_s)
 
 
@@ -189,14 +189,14 @@ class Finish:
         control = best_control(trials, self.budget)
         leaders = contenders(trials, self.budget, num_test)[:LEADERS]
         is_time = self.budget.objective in ("latency", "throughput")
-        if len(leaders) < 2 or not is_time or not times_leaders(self.call_s, self.budget.time_s):
+        if len(leaders) < 2 or not is_time or not _times_leaders(self.call_s, self.budget.time_s):
             return trials
         racers = leaders if control is None else [control, *leaders]
         self.progress.stage("timing", f"the {len(leaders)} fastest plans beside each other")
         try:
             with quiet(self.progress):
                 timed = self.runner.time_together(
-                    racers, self.store.trial, leaders_protocol(self.call_s)
+                    racers, self.store.trial, _leaders_protocol(self.call_s)
                 )
         except TrialError as error:
             self.warn(f"The fastest plans could not be timed beside each other: {error}")

@@ -316,8 +316,7 @@ class TrialRunner:
     ) -> Trial:
         """A done trial with the times of another race; as it was, where that can't be run or the
         machine was busier still."""
-        evaluation = trial.evaluation
-        if evaluation is None or not folder.exists():
+        if trial.evaluation is None or not folder.exists():
             return trial
         self.builder.pause()
         try:
@@ -328,9 +327,7 @@ class TrialRunner:
         before = _original_ms(trial)
         if before is not None and times.timing("baseline").median_ms >= before:
             return trial
-        measured = _measured(times, trial.trial_id, self.deployment)
-        evaluation = evaluation.model_copy(update=measured)
-        return trial.model_copy(update={"evaluation": evaluation, "reason": reason})
+        return self._retimed(trial, times).model_copy(update={"reason": reason})
 
     def time_together(
         self, trials: Sequence[Trial], folder: Callable[[str], Path], protocol: TimingProtocol
@@ -346,13 +343,13 @@ class TrialRunner:
                 opened = self.open(folder(trial.trial_id), trial.plan.runtime)
                 racers[trial.trial_id] = stack.enter_context(contextlib.closing(opened))
             times = race(racers, self._data / "calibration", protocol)
-        timed: list[Trial] = []
-        for trial in trials:
-            assert trial.evaluation is not None
-            measured = _measured(times, trial.trial_id, self.deployment)
-            evaluation = trial.evaluation.model_copy(update=measured)
-            timed.append(trial.model_copy(update={"evaluation": evaluation}))
-        return timed
+        return [self._retimed(trial, times) for trial in trials]
+
+    def _retimed(self, trial: Trial, times: Race) -> Trial:
+        assert trial.evaluation is not None
+        measured = _measured(times, trial.trial_id, self.deployment)
+        evaluation = trial.evaluation.model_copy(update=measured)
+        return trial.model_copy(update={"evaluation": evaluation})
 
     def _raced(
         self, name: str, predictor: Predictor, protocol: TimingProtocol, deadline: float | None
