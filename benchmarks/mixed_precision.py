@@ -28,6 +28,7 @@ from static_accuracy import MAX_DROP, STATIC, Bench, mixed_trial, optimize
 
 from profiling_agent.acquisition.demo import DEMO_DATA
 from profiling_agent.acquisition.request import Request
+from profiling_agent.building import WorkerBuilder
 from profiling_agent.errors import ProfilingAgentError
 from profiling_agent.evaluation.measure import FINAL, Protocol, Race, race
 from profiling_agent.evaluation.predictor import Predictor, ProbeProcess
@@ -36,7 +37,6 @@ from profiling_agent.machine.threads import default_threads
 from profiling_agent.records.common import Deployment, Interval
 from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.trial import RunRecord, Trial
-from profiling_agent.trial import WorkerBuilder
 
 HERE = Path(__file__).resolve().parent
 EAGER, FLOAT, INT8, OURS = "eager", "fp32", "int8", "ours"

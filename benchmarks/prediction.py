@@ -30,6 +30,7 @@ from paper_quantization import MODELS
 
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.request import Request
+from profiling_agent.building import WorkerBuilder
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.errors import ProfilingAgentError
 from profiling_agent.evaluation.measure import TRIAL, race
@@ -42,7 +43,6 @@ from profiling_agent.records.common import Deployment
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
-from profiling_agent.trial import WorkerBuilder
 from profiling_agent.widths import measure_deployed_widths
 
 CHOSEN = ("resnet101", "vit_b", "swin_b")

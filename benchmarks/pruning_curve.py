@@ -39,6 +39,7 @@ from torch import nn
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload, compute_logits
+from profiling_agent.building import WorkerBuilder
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.deployment.runtimes import available
 from profiling_agent.errors import ProfilingAgentError
@@ -53,7 +54,6 @@ from profiling_agent.profiling.whole import profile_workload
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import Profile
-from profiling_agent.trial import WorkerBuilder
 
 CUTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 QUICK_CUTS = (0.15, 0.25)

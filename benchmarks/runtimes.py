@@ -37,6 +37,7 @@ from torch import nn
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.hubs.found import find_model
 from profiling_agent.acquisition.request import Request
+from profiling_agent.building import WorkerBuilder
 from profiling_agent.deployment.artefact import baseline_size
 from profiling_agent.deployment.lowered import plain_linears
 from profiling_agent.deployment.opened import read_manifest
@@ -52,7 +53,6 @@ from profiling_agent.records.common import Deployment, Interval
 from profiling_agent.records.evaluation import BuiltArtefact
 from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.profile import RuntimeSchemes
-from profiling_agent.trial import WorkerBuilder
 
 TIMM_NAME = "BENCHMARK_TIMM_NAME"  # the paper's module is rebuilt in its probe, which inherits it
 EAGER, PAPER, ONNX = "eager", "paper", "onnxruntime fp32"

@@ -41,6 +41,7 @@ from workloads import imagenet
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
+from profiling_agent.building import WorkerBuilder
 from profiling_agent.deployment.runtimes import available
 from profiling_agent.errors import ProfilingAgentError
 from profiling_agent.evaluation.judge import Judge, find_judge
@@ -50,7 +51,6 @@ from profiling_agent.records.common import Deployment
 from profiling_agent.records.evaluation import Accuracy
 from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.trial import RunRecord, Trial
-from profiling_agent.trial import WorkerBuilder
 
 HERE = Path(__file__).resolve().parent
 MAX_DROP = 0.5

@@ -16,6 +16,7 @@ import pytest
 
 from profiling_agent import workbench
 from profiling_agent.api import optimize
+from profiling_agent.building import WorkerBuilder
 from profiling_agent.deployment.runtimes import RUNTIMES
 from profiling_agent.errors import TrialError
 from profiling_agent.finish import final_protocol
@@ -25,7 +26,6 @@ from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import EXIT_CODES, RunRecord, Trial
 from profiling_agent.run_state import is_finished, read_state
-from profiling_agent.trial import WorkerBuilder
 from small_workload import make_data, train, write_project
 
 MAX_DROP, SECONDS = 2.0, 120

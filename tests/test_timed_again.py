@@ -12,6 +12,7 @@ import pytest
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
+from profiling_agent.building import LocalBuilder
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.judge import find_judge
 from profiling_agent.evaluation.measure import Protocol
@@ -25,7 +26,7 @@ from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.live import SilentProgress
 from profiling_agent.run_state import RunState, read_state
-from profiling_agent.trial import Baseline, LocalBuilder, TrialRunner, timed_while_busy
+from profiling_agent.trial import Baseline, TrialRunner, timed_while_busy
 from record_factory import make_control, make_evaluation, make_interval, make_timing, make_trial
 from small_workload import make_data, train
 

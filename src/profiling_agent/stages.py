@@ -14,6 +14,7 @@ from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
 from profiling_agent.acquisition.workload import Workload
+from profiling_agent.building import LocalBuilder
 from profiling_agent.deployment.opened import check_artefact, read_manifest
 from profiling_agent.deployment.runtimes import require_runtime
 from profiling_agent.errors import ArtefactError, DataError, PlanError
@@ -33,7 +34,7 @@ from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunRecord, Trial
 from profiling_agent.run_state import draw_record, read_state
-from profiling_agent.trial import LocalBuilder, evaluation_of
+from profiling_agent.trial import evaluation_of
 
 
 @contextlib.contextmanager

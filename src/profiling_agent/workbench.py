@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
+from profiling_agent.building import Builder, LocalBuilder, WorkerBuilder
 from profiling_agent.deployment.artefact import baseline_size
 from profiling_agent.errors import ModelError, TrialError
 from profiling_agent.evaluation.judge import Judge
@@ -37,15 +38,7 @@ from profiling_agent.records.store import RunStore, read_array, write_array, wri
 from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.live import Progress, quiet
 from profiling_agent.run_state import RunState
-from profiling_agent.trial import (
-    Baseline,
-    Builder,
-    LocalBuilder,
-    TrialRunner,
-    WorkerBuilder,
-    first_labels,
-    timed_while_busy,
-)
+from profiling_agent.trial import Baseline, TrialRunner, first_labels, timed_while_busy
 from profiling_agent.widths import measure_deployed_widths
 
 PROFILE_SHARE = 0.2
