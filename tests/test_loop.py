@@ -76,6 +76,19 @@ class TestWholeRun:
         assert controls | left_out == offered
         assert "torch int8-dynamic" in offered and len(controls) >= 2
 
+    def test_every_trial_tells_how_far_its_outputs_are_from_the_originals(
+        self, run: tuple[Path, RunRecord]
+    ) -> None:
+        apart = {
+            trial.label: accuracy.divergence
+            for trial in run[1].trials
+            if trial.is_control and trial.evaluation and (accuracy := trial.evaluation.on("search"))
+        }
+        same = apart["onnxruntime fp32"]
+        assert same is not None and abs(same) < 1e-6
+        assert all(value is not None for value in apart.values())
+        assert all((value or 0.0) > 1e-5 for label, value in apart.items() if "int8" in label)
+
     def test_the_record_on_disk_is_the_one_printed(self, run: tuple[Path, RunRecord]) -> None:
         out, record = run
         assert RunRecord.read(out / "run.json") == record

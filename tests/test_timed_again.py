@@ -17,7 +17,7 @@ from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.judge import find_judge
 from profiling_agent.evaluation.measure import Protocol
 from profiling_agent.evaluation.predictor import LivePredictor
-from profiling_agent.finish import Finish, answers_of_original
+from profiling_agent.finish import Finish
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Evaluation, Speedup
@@ -74,11 +74,17 @@ def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
     judge = find_judge(workload.record.task, load_metric("accuracy"))
     deployment = Deployment(batch_size=1, threads=1)
     original = LivePredictor(workload, deployment)
-    answers = answers_of_original(original, judge, data, "search")
+    outputs = original.logits(data / "search")
+    answers = judge.answers(outputs)
     runner = TrialRunner(
         builder=LocalBuilder(workload),
         workload=workload,
-        baseline=Baseline(open=lambda: original, search=answers, ms=1e-6),  # never so fast again
+        baseline=Baseline(
+            open=lambda: original,
+            search=answers,
+            outputs=outputs,
+            ms=1e-6,  # never so fast again
+        ),
         judge=judge,
         deployment=deployment,
         max_drop=1.0,

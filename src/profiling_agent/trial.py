@@ -17,6 +17,7 @@ import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.building import BUILD_TIMEOUT_S, Builder
+from profiling_agent.compression.divergence import mean_divergence
 from profiling_agent.errors import ProfilingAgentError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import DISTURBED, TRIAL, Protocol, Race, race, undisturbed
@@ -34,10 +35,12 @@ MIN_TIMEOUT_S = 60.0
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
     """The untouched model: how to open it, its answers to the search samples that trials are judged
-    on, the split's first (samples, ...), and the milliseconds of a call, as first measured."""
+    on, the split's first (samples, ...), the outputs that they were taken from, where those were
+    kept, and the milliseconds of a call, as first measured."""
 
     open: Callable[[], Predictor]
     search: np.ndarray
+    outputs: np.ndarray | None = None
     ms: float | None = None
 
 
@@ -126,8 +129,8 @@ class TrialRunner:
     ) -> Trial:
         self.builder.pause()
         with contextlib.closing(self.open(folder, built.runtime)) as predictor:
-            first = self._screen_answers(predictor)
-            reason = None if trial.is_control else self._collapse(first)
+            first = self._screen_outputs(predictor)
+            reason = None if trial.is_control else self._collapse(self.judge.answers(first))
             if reason is not None:
                 return trial.model_copy(update={"status": "screened", "reason": reason})
             accuracy = self._search_accuracy(predictor, first)
@@ -194,11 +197,11 @@ class TrialRunner:
         busy = f"the machine was busy: the original took {slower:.1f} times as long as usual"
         return times, busy if slower > DISTURBED else ""
 
-    def _screen_answers(self, predictor: Predictor) -> np.ndarray:
-        """Answers on the first search samples, whole batches, so that the rest can follow."""
+    def _screen_outputs(self, predictor: Predictor) -> np.ndarray:
+        """Outputs on the first search samples, whole batches, so that the rest can follow."""
         size = self.deployment.batch_size
         stop = min(-(-SCREEN_SAMPLES // size) * size, len(self.baseline.search))
-        return self.judge.answers(predictor.logits(self._data / "search", 0, stop))
+        return predictor.logits(self._data / "search", 0, stop)
 
     def _collapse(self, ours: np.ndarray) -> str | None:
         some = first_labels(self.workload.splits["search"].labels, len(ours))
@@ -207,13 +210,22 @@ class TrialRunner:
 
     def _search_accuracy(self, predictor: Predictor, first: np.ndarray) -> Accuracy:
         """Accuracy on as much of the search split as the original was judged on, of which the
-        first answers are known."""
-        ours, stop = first, len(self.baseline.search)
+        first outputs are known."""
+        outputs, stop = first, len(self.baseline.search)
         if len(first) < stop:
-            rest = self.judge.answers(predictor.logits(self._data / "search", len(first), stop))
-            ours = np.concatenate([first, rest])
+            rest = predictor.logits(self._data / "search", len(first), stop)
+            outputs = np.concatenate([first, rest])
         labels = first_labels(self.workload.splits["search"].labels, stop)
-        return self.judge.score("search", ours, labels, self.baseline.search)
+        ours = self.judge.answers(outputs)
+        accuracy = self.judge.score("search", ours, labels, self.baseline.search)
+        return accuracy.model_copy(update={"divergence": self._divergence(outputs)})
+
+    def _divergence(self, outputs: np.ndarray) -> float | None:
+        """From the original's outputs, where those were kept."""
+        if self.baseline.outputs is None:
+            return None
+        has_classes = self.workload.record.task.num_classes is not None
+        return mean_divergence(self.baseline.outputs, outputs, has_classes=has_classes)
 
 
 def first_labels(labels: np.ndarray | None, num_samples: int) -> np.ndarray | None:

@@ -20,7 +20,7 @@ from profiling_agent.errors import ModelError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
-from profiling_agent.finish import answers_of_original, final_seconds, forward_of_original
+from profiling_agent.finish import final_seconds, forward_of_original
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
@@ -49,6 +49,9 @@ CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
 SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.012, 1000, 2.5
 """A trial's accuracy takes about this share of the time budget, if it runs so many times faster
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
+MAX_OUTPUT_BYTES = 2**28
+"""Of the original's outputs on the search samples: trials are compared with them if they are few
+enough to be held beside a trial's own."""
 DEPLOYED_SHARE = 0.05
 """Of the time budget, for the operator times of the controls."""
 WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 6
@@ -134,18 +137,23 @@ class Workbench:
         self.progress.stage("baseline", "the untouched model in eager PyTorch")
         predictor = self._open_baseline()
         path = self.store.data / "baseline_search.npy"
-        predicted = read_array(path)
+        outputs_path = self.store.data / "baseline_search_outputs.npy"
+        predicted, outputs = read_array(path), read_array(outputs_path)
         if self.state.baseline is None or predicted is None:
             call_s = self._seconds_a_call(predictor)
             num_samples = self._search_samples(call_s)
-            predicted = answers_of_original(
-                predictor, self.judge, self.store.data, "search", num_samples
-            )
+            with forward_of_original("search"):
+                outputs = predictor.logits(self.store.data / "search", 0, num_samples)
+                predicted = self.judge.answers(outputs)
             labels = first_labels(self.workload.splits["search"].labels, len(predicted))
             self.judge.refuse_broken(predicted, labels)
             doubt = self.judge.doubt(predicted)
             if doubt is not None:
                 self.warn(doubt)
+            if outputs.nbytes <= MAX_OUTPUT_BYTES:
+                write_array(outputs_path, outputs)
+            else:
+                outputs = None
             write_array(path, predicted)
             self._measure_baseline(predictor, predicted, call_s)
         predictor.pause()
@@ -157,7 +165,12 @@ class Workbench:
             return opened[-1]
 
         measured = self.state.baseline.timing if self.state.baseline else None
-        return Baseline(open=again, search=predicted, ms=measured.median_ms if measured else None)
+        return Baseline(
+            open=again,
+            search=predicted,
+            outputs=outputs,
+            ms=measured.median_ms if measured else None,
+        )
 
     def _open_baseline(self) -> Predictor:
         try:

@@ -7,8 +7,15 @@ spread by it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+CHUNK = 512
+"""Samples that are held in double precision at once."""
 
 
 def comparable(logits: Tensor, *, has_classes: bool) -> Tensor:
@@ -25,3 +32,23 @@ def divergences(
     if has_classes:
         return (before.exp() * (before - after)).sum(-1)
     return (before - after).square().mean(-1) / (2 * max(variance, 1e-30))
+
+
+def mean_divergence(before: np.ndarray, after: np.ndarray, *, has_classes: bool) -> float:
+    """Mean over samples (samples, ...), in nats; other outputs than logits spread as ``before``."""
+    variance = 1.0 if has_classes else float(before.var(axis=0, dtype=np.float64).mean())
+    total, count = 0.0, 0
+    for first, second in zip(_chunks(before), _chunks(after), strict=True):
+        each = divergences(
+            comparable(first, has_classes=has_classes),
+            comparable(second, has_classes=has_classes),
+            has_classes=has_classes,
+            variance=variance,
+        )
+        total, count = total + float(each.sum()), count + each.numel()
+    return total / count
+
+
+def _chunks(outputs: np.ndarray) -> Iterator[Tensor]:
+    for start in range(0, len(outputs), CHUNK):
+        yield torch.tensor(outputs[start : start + CHUNK])

@@ -16,7 +16,8 @@ class Accuracy(Record):
 
     ``drop`` is what was lost against the baseline on the same samples, with its interval, in points
     or in the metric's own unit; positive is a loss, whichever direction is better. ``upper_bound``
-    is its one-sided 95 % bound.
+    is its one-sided 95 % bound. ``divergence`` is known far better than the drop, of the same
+    samples: all of them tell of it, not only those whose answer changed.
     """
 
     split: SplitName
@@ -25,6 +26,9 @@ class Accuracy(Record):
     drop: Interval | None
     upper_bound: float | None
     agreement: float | None = Field(description="share of predictions equal to the baseline's")
+    divergence: float | None = Field(
+        default=None, description="mean divergence of the outputs from the baseline's, in nats"
+    )
 
 
 class Speedup(Record):
