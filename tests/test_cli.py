@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from profiling_agent import cli
 from profiling_agent.errors import BudgetError
+from profiling_agent.flags import parse_duration
 from small_workload import write_project
 
 
@@ -69,13 +70,13 @@ class TestBudget:
     @pytest.mark.parametrize("text", ["soon", "-5m", "0s", "1y", ""])
     def test_durations_that_are_none(self, text: str) -> None:
         with pytest.raises(BudgetError, match="15m"):
-            cli.parse_duration(text)
+            parse_duration(text)
 
     @pytest.mark.parametrize(
         ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("30", 30), ("1.5m", 90)]
     )
     def test_durations(self, text: str, seconds: float) -> None:
-        assert cli.parse_duration(text) == seconds
+        assert parse_duration(text) == seconds
 
     def test_test_set_too_small_for_the_budget(
         self, refuse: Callable[..., str], project: Path, tmp_path: Path

@@ -1,4 +1,4 @@
-"""Flags that several commands share, and how their texts become values."""
+"""Flags that several commands share, how their texts become values, and what ``--json`` prints."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from profiling_agent.records.base import describe_faults
 
 if TYPE_CHECKING:
     from profiling_agent.acquisition.request import Request
+    from profiling_agent.records.common import Deployment
     from profiling_agent.records.llm import LlmSettings
 
 
@@ -312,3 +313,35 @@ def planner_of_recipe(recipe: str | None, planner: str) -> str:
     if planner not in ("auto", "paper"):
         raise BudgetError(f"--recipe paper brings its own planner; leave out --planner {planner}.")
     return "paper"
+
+
+def deployment_of(batch_size: int, threads: int | None) -> Deployment:
+    """Where the artefact is to run; without a number, with the threads that the cgroup grants."""
+    from profiling_agent.machine.threads import default_threads
+    from profiling_agent.records.common import Deployment
+
+    return record_of(
+        lambda: Deployment(batch_size=batch_size, threads=threads or default_threads())
+    )
+
+
+def runtimes_of(text: str) -> tuple[str, ...]:
+    """The runtimes that ``--runtime`` names; an error of ours for one that can't be used."""
+    from profiling_agent.deployment.runtimes import RUNTIMES, require_runtime
+
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if names in (("auto",), ("all",)):
+        return tuple(RUNTIMES)
+    for name in names:
+        require_runtime(name)
+    return names
+
+
+def show(json: str | None, render: Callable[[], Any]) -> None:
+    """Print the JSON that was asked for, else what ``render`` draws for people."""
+    if json is not None:
+        typer.echo(json)
+        return
+    from rich.console import Console
+
+    Console().print(render())
