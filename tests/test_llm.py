@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import importlib.util
 import json
@@ -38,9 +39,10 @@ from profiling_agent.llm.conversation import (
     ToolOffer,
     Turn,
 )
+from profiling_agent.llm.faults import FinalFault
 from profiling_agent.llm.provider import open_provider
 from profiling_agent.llm.replay import Replay
-from profiling_agent.llm.transcript import Transcript, redact
+from profiling_agent.llm.transcript import MAX_ANSWER_CHARACTERS, Transcript, redact
 from profiling_agent.planning.advised import AdvisedPlanner
 from profiling_agent.planning.planner import find_planner
 from profiling_agent.records.base import describe_faults
@@ -805,6 +807,88 @@ def test_a_recorded_run_is_replayed_in_order(tmp_path: Path) -> None:
     assert again.usage.cost_usd is None and again.usage.requests == 3
 
 
+def recorded(path: Path, *script: Reply | ProviderFault, asking: str) -> None:
+    """What a process of a run kept that asked these questions; a fault is not tried again."""
+    client, _, _ = make_client(*script, transcript=Transcript(path), max_retries=0)
+    for text in asking:
+        with contextlib.suppress(LlmUnavailable):
+            client.ask(question(text))
+
+
+def told(client: Client, asking: str) -> list[str]:
+    """The answers to these questions, or why there is none."""
+    words: list[str] = []
+    for text in asking:
+        try:
+            words.append(client.ask(question(text)).text)
+        except LlmUnavailable as error:
+            words.append(f"{error} {'final' if error.is_final else 'passing'}")
+    return words
+
+
+REFUSED = ProviderFault("It refuses.", is_passing=False)
+
+
+def test_a_recorded_failure_is_replayed_as_one(tmp_path: Path) -> None:
+    """So that the answers after it meet the questions that they were given to."""
+    path = tmp_path / "llm.jsonl"
+    long = make_reply("x" * (MAX_ANSWER_CHARACTERS + 1))
+    recorded(path, make_reply("a"), REFUSED, make_reply("c"), long, make_reply("e"), asking="12345")
+    again = Client(replay(path), LlmLimits(), None)
+    a, b, c, d, e, end = told(again, "abcdef")  # the digests of another run are others
+    assert (a, c, e) == ("a", "c", "e")
+    assert b == "It refuses. passing" and "characters" in d
+    assert "The 3 answers" in end and "final" in end
+
+
+def test_a_run_that_ended_with_a_failure_is_replayed_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "llm.jsonl"
+    recorded(path, make_reply("a"), FinalFault("The key is wrong."), asking="12")
+    again = Client(replay(path), LlmLimits(), None)
+    assert told(again, "12") == ["a", "The key is wrong. final"]
+    assert "used up" in told(again, "3")[0]
+
+
+def test_a_question_that_was_asked_again_is_replayed_once(tmp_path: Path) -> None:
+    """By the process that continued the run: nothing came of the failure before it."""
+    path = tmp_path / "llm.jsonl"
+    recorded(path, make_reply("a"), REFUSED, asking="12")
+
+    class Interrupted(Fake):
+        def request(self, conversation: Conversation, timeout_s: float) -> Reply:
+            raise KeyboardInterrupt
+
+    killed = Client(Interrupted(Clock()), LlmLimits(), Transcript(path))
+    for text in "23":  # the third was another question when it was asked again
+        with pytest.raises(KeyboardInterrupt):
+            killed.ask(question(text))
+    recorded(path, make_reply("b"), make_reply("c"), asking="24")
+    assert told(Client(replay(path), LlmLimits(), None), "123") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        ("1", "123", ["a", "It refuses. passing", "c"]),
+        ("12", "123", ["a", "It refuses. passing", "c"]),  # killed before a trial came of it
+        ("12", "34", ["c", "d"]),
+        ("123", "124", ["a", "It refuses. passing", "d"]),
+    ],
+)
+def test_a_continued_replay_knows_the_failures_it_had(
+    first: str, then: str, words: list[str], tmp_path: Path
+) -> None:
+    path, kept = tmp_path / "llm.jsonl", tmp_path / "transcript.jsonl"
+    recorded(path, make_reply("a"), REFUSED, make_reply("c"), make_reply("d"), asking="1234")
+    settings = LlmSettings(model=f"replay:{path}")
+    told(Client(open_provider(settings), LlmLimits(), Transcript(kept)), first)
+    for _ in range(2):
+        planner = find_planner("llm", settings, kept)
+        assert isinstance(planner, AdvisedPlanner)
+        client = planner._client  # pyright: ignore[reportPrivateUsage]
+        assert told(client, then) == words
+
+
 def test_answers_that_a_person_wrote(tmp_path: Path) -> None:
     path = tmp_path / "by_hand.jsonl"
     path.write_text('{"answer": "{}"}\n\n{"answer": {"plan": "b"}}\n')
@@ -840,7 +924,9 @@ def test_answers_that_were_given_are_passed_over(count: int, rest: str, tmp_path
     path.write_text("".join(f'{{"answer": "{text}"}}\n' for text in "abc"))
     provider = Replay(path)
     assert provider.path == path
-    provider.skip(count)
+    kept = tmp_path / "llm.jsonl"
+    recorded(kept, *[make_reply()] * count, asking="123456789"[:count])
+    provider.resume(Transcript(kept).earlier)
     assert "".join(provider.request(question(), 1).text for _ in rest) == rest
     with pytest.raises(ProviderFault, match="used up"):
         provider.request(question(), 1)

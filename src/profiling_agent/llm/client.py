@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from profiling_agent.errors import LlmUnavailable
 from profiling_agent.llm.conversation import Conversation, Provider, ProviderFault, Reply, Turn
 from profiling_agent.llm.faults import FinalFault
-from profiling_agent.llm.transcript import MAX_ANSWER_CHARACTERS, Transcript, clean, is_answered
+from profiling_agent.llm.transcript import (
+    INTERRUPTED,
+    MAX_ANSWER_CHARACTERS,
+    Transcript,
+    clean,
+    is_answered,
+)
 from profiling_agent.records.llm import Exchange, LlmLimits, LlmUsage
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 20.0
@@ -77,7 +83,7 @@ class Client:
             self._keep(conversation, None, attempts, error=str(error))
             raise
         except BaseException as error:  # an interrupted request was sent, and may be paid for
-            self._keep(conversation, None, attempts, error=f"interrupted: {type(error).__name__}")
+            self._keep(conversation, None, attempts, error=f"{INTERRUPTED}{type(error).__name__}")
             raise
         return self._checked(conversation, reply, attempts)
 

@@ -1,20 +1,22 @@
 """Answers from a file: a recorded transcript, or lines that a person wrote.
 
-A recorded run is repeated without a model, a key or a network; each line is one answer.
+A recorded run is repeated without a model, a key or a network; each line is one answer. A question
+that got none gets none again, so that the answers after it meet their own questions.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
 
 from profiling_agent.errors import BudgetError
-from profiling_agent.llm.conversation import Conversation, Reply
+from profiling_agent.llm.conversation import Conversation, ProviderFault, Reply
 from profiling_agent.llm.faults import FinalFault
-from profiling_agent.llm.transcript import is_answered
+from profiling_agent.llm.transcript import INTERRUPTED, is_answered
 from profiling_agent.records.base import describe_faults
 from profiling_agent.records.llm import Exchange
 
@@ -31,9 +33,9 @@ class Replay:
     def __init__(self, path: Path) -> None:
         """Read all answers; ``BudgetError`` names the file and the line that can't be used."""
         self._path = path
-        exchanges, is_by_hand = _read(path)
-        self._replies = [_as_reply(each) for each in exchanges]
+        self._steps, is_by_hand = _read(path)
         self._given = 0
+        self._failed: dict[str, int] = {}
         self._name = f"replay:{path}{' (written by a person)' if is_by_hand else ''}"
 
     @property
@@ -42,26 +44,44 @@ class Replay:
 
     @property
     def offers_tools(self) -> bool:
-        return any(reply.calls for reply in self._replies)
+        return any(step.tools for step in self._steps)
 
-    def skip(self, count: int) -> None:
-        """Pass over so many answers: an earlier process of the run has had them."""
-        self._given = min(count, len(self._replies))
+    def resume(self, earlier: Iterable[Exchange]) -> None:
+        """Pass over what an earlier process of the run was given; a question that failed there
+        fails again where it is asked again."""
+        for exchange in earlier:
+            if self._given == len(self._steps):
+                return
+            step = self._steps[self._given]
+            if is_answered(exchange):
+                self._given += 1
+            elif exchange.request_hash not in self._failed and exchange.error == step.error:
+                self._failed[exchange.request_hash] = self._given
+                self._given += 1
 
     @property
     def path(self) -> Path:
         return self._path
 
     def request(self, conversation: Conversation, timeout_s: float) -> Reply:
-        """The next answer; a final ``ProviderFault`` when all were given."""
-        if self._given == len(self._replies):
-            raise FinalFault(f"The {self._given} answers of {str(self._path)!r} are used up.")
-        self._given += 1
-        return self._replies[self._given - 1]
+        """The next answer; ``ProviderFault`` where there was none, a final one at the end."""
+        place = self._failed.get(conversation.request_hash)
+        if place is None:
+            place = self._given
+            self._given = min(self._given + 1, len(self._steps))
+        if place == len(self._steps):
+            count = sum(is_answered(step) for step in self._steps)
+            raise FinalFault(f"The {count} answers of {str(self._path)!r} are used up.")
+        step = self._steps[place]
+        if is_answered(step):
+            return _as_reply(step)
+        if place == len(self._steps) - 1:  # nobody was asked after it
+            raise FinalFault(step.error)
+        raise ProviderFault(step.error, is_passing=False)
 
 
 def _read(path: Path) -> tuple[list[Exchange], bool]:
-    """The answered exchanges, and whether a person wrote any of them."""
+    """What came of each question, and whether a person wrote any of the answers."""
     try:
         # not splitlines(), which also splits at characters that JSON leaves as they are
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -76,10 +96,20 @@ def _read(path: Path) -> tuple[list[Exchange], bool]:
         _written(answer) if answer is not None else _recorded(path, number, line)
         for (number, line), answer in zip(numbered, by_hand, strict=True)
     ]
-    answered = [each for each in exchanges if is_answered(each)]
-    if not answered:
+    if not any(map(is_answered, exchanges)):
         raise BudgetError(f"{str(path)!r} has no answer; a line like {_EXAMPLE} is one.")
-    return answered, any(answer is not None for answer in by_hand)
+    return _that_stand(exchanges), any(answer is not None for answer in by_hand)
+
+
+def _that_stand(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Without failures that nothing came of: the process ended, and the next one asked again."""
+    last = {each.request_hash: place for place, each in enumerate(exchanges)}
+    return [
+        each
+        for place, each in enumerate(exchanges)
+        if is_answered(each)
+        or (last[each.request_hash] == place and not each.error.startswith(INTERRUPTED))
+    ]
 
 
 def _written_answer(line: str) -> str | None:

@@ -17,6 +17,8 @@ from profiling_agent.records.llm import Exchange
 
 SECRET = "[secret]"
 MAX_ANSWER_CHARACTERS = 200_000
+INTERRUPTED = "interrupted: "
+"""Begins the error of a request whose process ended before there was an answer."""
 _SECRET_NAMES = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_BEDROCK")
 _SECRET_LENGTH = 8  # shorter values of such variables are words like "none"
 _LOOKS_SECRET = (

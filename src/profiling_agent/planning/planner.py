@@ -117,7 +117,7 @@ def _advised(
     from profiling_agent.llm.client import Client
     from profiling_agent.llm.provider import open_provider
     from profiling_agent.llm.replay import Replay
-    from profiling_agent.llm.transcript import Transcript, is_answered
+    from profiling_agent.llm.transcript import Transcript
     from profiling_agent.planning.advised import AdvisedPlanner
 
     if llm is None:
@@ -133,5 +133,5 @@ def _advised(
         )
     kept = Transcript(transcript) if transcript is not None else None
     if isinstance(provider, Replay) and kept is not None:
-        provider.skip(sum(is_answered(exchange) for exchange in kept.earlier))
+        provider.resume(kept.earlier)
     return AdvisedPlanner(name, Client(provider, llm.limits, kept), llm, is_bare=is_bare)
