@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from profiling_agent.acquisition.assemble import MAX_UNREADABLE, Assembly, hash_weights
+from profiling_agent.acquisition.assemble import MAX_UNREADABLE, Assembly
 from profiling_agent.acquisition.demo import (
     DEMO_DATA,
     DEMO_REFERENCE,
@@ -43,7 +43,7 @@ from profiling_agent.acquisition.request import (
 from profiling_agent.acquisition.splits import (
     open_split,
 )
-from profiling_agent.acquisition.weights import load_weights, settle
+from profiling_agent.acquisition.weights import hash_weights, load_weights, settle
 from profiling_agent.acquisition.workload import Split, Workload
 from profiling_agent.errors import DataError, ModelError, PlanError, StorageError
 from profiling_agent.records.base import Record

@@ -13,6 +13,11 @@ from profiling_agent.errors import BudgetError
 BUILT_IN_METRICS = ("accuracy", "agreement")
 
 
+def wants_classes(metric: str) -> bool:
+    """Whether the metric compares classes, so that outputs must be a value for each of them."""
+    return metric in BUILT_IN_METRICS
+
+
 def load_metric(metric: str | Callable[..., Any]) -> Callable[..., Any] | None:
     """The user's function behind ``path/file.py:function``; None for a metric that is built in.
 

@@ -7,6 +7,7 @@ what doesn't fit is named key by key: a silent partial load would look like a ba
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,16 @@ def _check_finite(model: nn.Module) -> None:
             f"{len(bad)} weights of the model have NaN or infinite values ({shown}); "
             "pass the checkpoint of a training that did not diverge."
         )
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_weights(path: Path) -> Any:
