@@ -13,13 +13,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from profiling_agent import checkup, cli
+from profiling_agent import cli
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.request import Request
 from profiling_agent.checkup import check
 from profiling_agent.config import CONFIG_FILE, find_config, flags_of, load_config, use_config
 from profiling_agent.errors import BudgetError, StorageError
 from profiling_agent.records.common import Deployment
+from profiling_agent.run_defaults import MAX_SAMPLES_OF_A_RUN
 from profiling_agent.scaffold import TEMPLATES, read_template, write_project
 
 COMMANDS = {
@@ -258,7 +259,7 @@ class TestInit:
 
 def test_check_tells_the_defaults_that_the_commands_have() -> None:
     most = inspect.signature(acquire).parameters["max_samples"].default
-    assert most == checkup.MAX_SAMPLES_OF_A_RUN
+    assert most == MAX_SAMPLES_OF_A_RUN
 
 
 def empty_commands() -> dict[str, set[str]]:

@@ -7,7 +7,7 @@ looks wrong is tried against its alternatives. The test split is not looked at.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,12 +20,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.inputs import FLOATS_NOTE
 from profiling_agent.acquisition.metrics import load_metric
-from profiling_agent.acquisition.preprocess import preprocess
 from profiling_agent.acquisition.request import Request
-from profiling_agent.acquisition.splits import thinned
 from profiling_agent.acquisition.weights import TRAINING_NOTE
-from profiling_agent.acquisition.workload import Split, Workload, compute_logits
-from profiling_agent.deployment.runtimes import INSTALL_LINES, RUNTIMES
+from profiling_agent.acquisition.workload import Workload, compute_logits
+from profiling_agent.checked_samples import NUM_SHOWN, pictures_of, show_samples
 from profiling_agent.errors import DataError, StorageError
 from profiling_agent.evaluation.alternatives import Alternative, alternatives
 from profiling_agent.evaluation.judge import classes, find_judge
@@ -50,30 +48,27 @@ from profiling_agent.evaluation.suspicions import (
     find_subset,
     find_training,
     find_unreadable,
-    percent,
 )
 from profiling_agent.machine.clock import now, without_collector
-from profiling_agent.machine.seeds import derive_seed, generator
+from profiling_agent.machine.seeds import derive_seed
 from profiling_agent.machine.torch_state import threads
+from profiling_agent.preprocessing_trials import is_right, records_of, try_alternatives
 from profiling_agent.questions import Ask, ask_preprocessing, suggester
 from profiling_agent.records.check import (
     CheckedSample,
     CheckRecord,
-    Defaults,
     EagerLatency,
     Finding,
     PreprocessingTrial,
 )
-from profiling_agent.records.common import DEFAULT_DROP, Budget, Deployment, Interval, NotMeasured
+from profiling_agent.records.common import DEFAULT_DROP, Deployment, Interval, NotMeasured
 from profiling_agent.records.store import write_text
-from profiling_agent.records.workload import Preprocessing, SplitName, WorkloadRecord
 from profiling_agent.report.check_view import draw_samples
+from profiling_agent.run_defaults import describe_defaults, whole_splits
 from profiling_agent.run_state import package_version
+from profiling_agent.sampled_split import SampledSplit
 
 MAX_SAMPLES: Final = 1_000
-MAX_SAMPLES_OF_A_RUN: Final = 20_000
-NUM_SHOWN: Final = 16
-BATCH: Final = 16
 NUM_TWICE: Final = 8
 MAX_TRIED: Final = 200
 LATENCY_S: Final = 2.0
@@ -124,7 +119,7 @@ def check(
         record = checkup.record(start)
         if out is None:
             return record
-        return _save(record, checkup.pictures(), out)
+        return _save(record, pictures_of(checkup.samples, checkup.sampled), out)
 
 
 class _Checkup:
@@ -144,10 +139,7 @@ class _Checkup:
         self.deadline = deadline
         self.task, self.preprocessing = workload.record.task, workload.record.preprocessing
         self.judge = find_judge(self.task, load_metric(request.metric))
-        self.split_name: SplitName = _split_to_look_at(workload)
-        self.split: Split = workload.splits[self.split_name]
-        # A split may be sorted by class, so that its beginning says nothing.
-        self.rows = generator(seed, "check rows").permutation(self.split.info.num_samples)
+        self.sampled = SampledSplit(workload, seed)
         self.findings: list[Finding] = []
         self.not_judged: list[NotMeasured] = []
         self.trials: list[PreprocessingTrial] = []
@@ -163,7 +155,7 @@ class _Checkup:
     def walk(self) -> None:
         self._look_at_model()
         self.latency = _time(self.workload, self.deployment.batch_size)
-        outputs = self._outputs_in_time(0.3 * self.left)
+        outputs = self.sampled.outputs_in_time(0.3 * self.left, at_least=NUM_SHOWN)
         self._judge(outputs)
         self._look_at_data()
 
@@ -173,44 +165,13 @@ class _Checkup:
         notes = self.workload.record.notes
         if TRAINING_NOTE in notes and acts_otherwise_in_training(self.workload.model):
             self.findings.append(find_training(TRAINING_NOTE))
-        rows = self.rows[:NUM_TWICE]
-        first, again = self._forward(rows), self._forward(rows)
+        rows, forward = self.sampled.rows[:NUM_TWICE], self.sampled.forward
+        first, again = forward(rows), forward(rows)
         random = find_random(first, again)
         self._add(random)
         if random is None:
-            alone = np.concatenate([self._forward(rows[i : i + 1]) for i in range(len(rows))])
+            alone = np.concatenate([forward(rows[i : i + 1]) for i in range(len(rows))])
             self._add(find_mixed(alone, first))
-
-    def _forward(
-        self, rows: np.ndarray, preprocessing: Preprocessing | None = None, reverses: bool = False
-    ) -> np.ndarray:
-        """Outputs (rows, ...) of samples, perhaps preprocessed otherwise."""
-        raw = {name: np.asarray(array[rows]) for name, array in self.split.inputs.items()}
-        specs = self.workload.record.inputs
-        stated = preprocessing or self.preprocessing
-        if reverses:
-            name = specs[0].name
-            raw[name] = np.flip(raw[name], axis=1 if stated.layout == "chw" else -1)
-        arrays = preprocess(raw, specs, stated)
-        with torch.inference_mode():
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            return compute_logits(self.workload.model, tensors).float().numpy()
-
-    def _batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(rows), BATCH):
-            yield rows[start : start + BATCH]
-
-    def _outputs_in_time(self, seconds: float) -> np.ndarray:
-        """Outputs of as many rows as the time allows; sets ``rows`` to these."""
-        start, outputs, count = now(), [], 0
-        for batch in self._batches(self.rows):
-            outputs.append(self._forward(batch))
-            count += len(batch)
-            if now() - start > seconds and count >= NUM_SHOWN:
-                break
-        self.rows = self.rows[:count]
-        self.sample_s = (now() - start) / count
-        return np.concatenate(outputs)
 
     # ---- what it answers
 
@@ -218,12 +179,12 @@ class _Checkup:
         """The metric, the samples to show, and the label findings."""
         self._add(find_not_finite(outputs))
         finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
-        labels = None if self.split.labels is None else np.asarray(self.split.labels)[self.rows]
-        self.samples = self._shown(outputs, labels)
+        labels = self.sampled.labels
+        self.samples = show_samples(self.sampled, outputs, labels)
         if not finite.any():
             self._skip("metric", "no output is finite")
             return
-        self.rows, outputs = self.rows[finite], outputs[finite]
+        self.sampled.rows, outputs = self.sampled.rows[finite], outputs[finite]
         labels = None if labels is None else labels[finite]
         answers = self.judge.answers(outputs)
         if self.task.metric == "agreement":
@@ -279,7 +240,8 @@ class _Checkup:
 
     def _try_preprocessing(self, right: np.ndarray, labels: np.ndarray) -> Remedy | None:
         """Choose the best alternative on some samples, judge it on others."""
-        sample = np.asarray(self.split.inputs[self.workload.record.inputs[0].name][self.rows[:64]])
+        sampled = self.sampled
+        sample = sampled.first_input(sampled.rows[:64])
         others = alternatives(self.preprocessing, sample)
         if not others:
             self._skip("preprocessing", "the inputs are not images given as bytes")
@@ -289,19 +251,19 @@ class _Checkup:
             self._skip("preprocessing", f"{len(right)} samples can't tell alternatives apart")
             return None
         others = self._with_asked(others, sample)
-        tried = self._tried(others, labels, most)
+        tried = try_alternatives(sampled, others, labels, most=most, seconds=0.6 * self.left)
         if not tried:
             self._skip("preprocessing", f"too little time for {len(others)} alternatives")
             return None
         count = max(len(each) for each in tried.values())
-        self._note_trials(right[:count], tried)
+        self.trials = records_of(right[:count], tried)
         last = [other for other in others if len(tried[other]) == count]
         best = max(last, key=lambda other: tried[other].mean())
         if tried[best].mean() <= right[:count].mean():
             return None
-        end = count + max(MIN_JUDGES, int(self.left / self.sample_s))
+        end = count + max(MIN_JUDGES, int(self.left / sampled.sample_s))
         rest = slice(count, min(end, len(right)))
-        judged = self._right(best, self.rows[rest], labels[rest])
+        judged = is_right(sampled, best, sampled.rows[rest], labels[rest])
         return find_preprocessing(best.name, right[rest], judged, best.next_step)
 
     def _with_asked(self, known: list[Alternative], images: np.ndarray) -> list[Alternative]:
@@ -315,81 +277,13 @@ class _Checkup:
             self._skip("the language model", note)
         return [*known, *more]
 
-    def _tried(
-        self, others: Sequence[Alternative], labels: np.ndarray, most: int
-    ) -> dict[Alternative, np.ndarray]:
-        """Whether each is right on the first rows, ``most`` of them where time allows.
-
-        Otherwise few at first, and whenever their number doubles, only the better half goes on.
-        """
-        seconds, start = 0.6 * self.left, now()
-        is_cheap = len(others) * most * self.sample_s < seconds
-        tried = {other: np.zeros(0, dtype=bool) for other in others}
-        left, size = list(others), most if is_cheap else min(BATCH, most)
-        while True:
-            done = len(tried[left[0]])
-            if now() - start + len(left) * (size - done) * self.sample_s > seconds:
-                break
-            for other in left:
-                more = self._right(other, self.rows[done:size], labels[done:size])
-                tried[other] = np.concatenate([tried[other], more])
-            if size == most or len(left) == 1:
-                break
-            left = sorted(left, key=lambda other: -tried[other].mean())[: (len(left) + 1) // 2]
-            size = min(2 * size, most)
-        return tried if len(tried[left[0]]) else {}
-
-    def _note_trials(self, right: np.ndarray, tried: Mapping[Alternative, np.ndarray]) -> None:
-        stated = PreprocessingTrial(
-            name="as stated", value=percent(right), num_samples=len(right), is_stated=True
-        )
-        self.trials = [stated]
-        for other, each in tried.items():
-            self.trials.append(
-                PreprocessingTrial(name=other.name, value=percent(each), num_samples=len(each))
-            )
-
-    def _right(self, other: Alternative, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        outputs = np.concatenate(
-            [
-                self._forward(batch, other.preprocessing, other.reverses)
-                for batch in self._batches(rows)
-            ]
-        )
-        return classes(np.nan_to_num(outputs), self.task) == labels
-
-    def _shown(self, outputs: np.ndarray, labels: np.ndarray | None) -> tuple[CheckedSample, ...]:
-        has_classes = self.task.num_classes is not None and outputs.ndim == 2
-        has_labels = labels is not None and labels.ndim == 1 and self.task.metric == "accuracy"
-        answers = classes(np.nan_to_num(outputs), self.task) if has_classes else None
-        samples: list[CheckedSample] = []
-        for i, row in enumerate(self.rows[:NUM_SHOWN]):
-            answer = None if answers is None else int(answers[i])
-            true = int(labels[i]) if has_labels and labels is not None else None
-            samples.append(
-                CheckedSample(
-                    split=self.split_name,
-                    row=int(row),
-                    true=self._name(true),
-                    predicted=self._name(answer),
-                    is_right=None if answer is None or true is None else answer == true,
-                    confidence=None if answer is None else confidence(outputs[i], answer),
-                )
-            )
-        return tuple(samples)
-
-    def _name(self, index: int | None) -> str | None:
-        if index is None:
-            return None
-        return self.task.class_names[index] if self.task.class_names else str(index)
-
     # ---- the data
 
     def _look_at_data(self) -> None:
         record = self.workload.record
         num_read = sum(split.num_samples for split in record.splits)
         if FLOATS_NOTE in record.notes:
-            values = np.asarray(self.split.inputs[record.inputs[0].name][self.rows[:64]])
+            values = self.sampled.first_input(self.sampled.rows[:64])
             stated = "a mean and std (or a scale)"
             self._add(find_floats(float(values.min()), float(values.max()), stated))
         if record.reading is not None:
@@ -404,12 +298,6 @@ class _Checkup:
     def _num_test(self) -> int:
         return max(1, whole_splits(self.workload.record).get("test", 0))
 
-    def pictures(self) -> list[np.ndarray]:
-        """The samples shown as bytes (h, w) or (h, w, 3); empty when they are no images."""
-        array = self.split.inputs[self.workload.record.inputs[0].name]
-        drawn = [as_picture(np.asarray(array[s.row]), self.preprocessing) for s in self.samples]
-        return [each for each in drawn if each is not None]
-
     def record(self, start: float) -> CheckRecord:
         is_points = self.task.unit == "points"
         order = {"problem": 0, "hint": 1}
@@ -418,7 +306,7 @@ class _Checkup:
             workload=self.workload.record,
             deployment=self.deployment,
             seed=self.seed,
-            split=self.split_name,
+            split=self.sampled.name,
             samples=self.samples,
             picture=None,
             value=self.value,
@@ -444,12 +332,6 @@ class _Checkup:
 
 
 # ---- helpers of the walk
-
-
-def _split_to_look_at(workload: Workload) -> SplitName:
-    """Search, where there is one: test is opened once, at the end of a run."""
-    names: tuple[SplitName, ...] = ("search", "calibration", "test")
-    return next(name for name in names if name in workload.splits)
 
 
 def acts_otherwise_in_training(model: nn.Module) -> bool:
@@ -480,59 +362,6 @@ def _time(workload: Workload, batch_size: int) -> EagerLatency:
     median = float(np.median(calls))
     return EagerLatency(
         median_ms=1e3 * median, num_calls=len(calls), samples_per_s=batch_size / median
-    )
-
-
-def confidence(logits: np.ndarray, answer: int) -> float | None:
-    """Softmax of the answer, from logits (classes,); None when they are not finite."""
-    if not np.isfinite(logits).all():
-        return None
-    shifted = np.exp(logits.astype(np.float64) - logits.max())
-    return float(shifted[answer] / shifted.sum())
-
-
-def as_picture(raw: np.ndarray, preprocessing: Preprocessing) -> np.ndarray | None:
-    """One raw sample as bytes (h, w) or (h, w, 3) in RGB; None when it is no image.
-
-    Floats prepared by the user are stretched from their least to their largest value.
-    """
-    layout = preprocessing.layout
-    if layout == "none":
-        if raw.ndim != 3 or raw.shape[0] not in (1, 3) or raw.dtype.kind != "f":
-            return None
-        layout = "chw"
-    image = np.moveaxis(raw, 0, -1) if layout == "chw" else raw
-    if image.dtype != np.uint8:
-        low, high = float(image.min()), float(image.max())
-        image = (255 * (image - low) / max(high - low, 1e-12)).astype(np.uint8)
-    if image.ndim == 3:
-        image = image[..., 0] if image.shape[-1] in (1, 2) else image[..., :3]
-    if image.ndim == 3 and preprocessing.image is not None and preprocessing.image.mode == "BGR":
-        image = image[..., ::-1]
-    return np.ascontiguousarray(image)
-
-
-def whole_splits(record: WorkloadRecord) -> dict[SplitName, int]:
-    """Samples that ``optimize`` will have in each split, damaged ones aside."""
-    return thinned(record.available, MAX_SAMPLES_OF_A_RUN)
-
-
-def describe_defaults(record: WorkloadRecord, deployment: Deployment) -> Defaults:
-    """What ``optimize`` would use without flags; the deployment is the one asked for."""
-    budget = Budget(max_drop=DEFAULT_DROP, unit=record.task.unit)
-    has_default = record.task.unit == "points"
-    versions = {name: runtime.version() for name, runtime in RUNTIMES.items()}
-    return Defaults(
-        max_drop=budget.max_drop if has_default else None,
-        unit=budget.unit,
-        time_budget_s=budget.time_s,
-        max_trials=budget.max_trials,
-        deployment=deployment,
-        runtimes=tuple(f"{name} {version}" for name, version in versions.items() if version),
-        missing_runtimes=tuple(
-            f"{name}: {INSTALL_LINES[name]}" for name, version in versions.items() if not version
-        ),
-        splits=whole_splits(record),
     )
 
 
