@@ -27,7 +27,9 @@ class Accuracy(Record):
     upper_bound: float | None
     agreement: float | None = Field(description="share of predictions equal to the baseline's")
     divergence: float | None = Field(
-        default=None, description="mean divergence of the outputs from the baseline's, in nats"
+        default=None,
+        description="mean divergence of the outputs from the baseline's, in nats, where the "
+        "logits' scale is left out of account",
     )
 
 
