@@ -473,6 +473,7 @@ def test_names_from_outside_are_shown_and_not_obeyed(tmp_path: Path, scripted: A
         (["--planners", ","], "--planners names nothing"),
         (["--llm-prompts", "shouting", "--llm", "replay:x"], "shouting"),
         (["--time-budget", "soon"], "not a duration"),
+        (["--llm-timeout", "soon"], "--llm-timeout 'soon' is not a duration"),
         (["--llm", "@http://localhost:1/v1"], "--model"),
     ],
 )

@@ -78,6 +78,14 @@ class TestBudget:
     def test_durations(self, text: str, seconds: float) -> None:
         assert parse_duration(text) == seconds
 
+    @pytest.mark.parametrize("command", ["optimize", "ablate", "check", "profile"])
+    def test_a_time_for_answers_that_is_none(
+        self, refuse: Callable[..., str], command: str, tmp_path: Path
+    ) -> None:
+        given = ["--out", str(tmp_path / "out"), "--llm-timeout", "0s"]
+        error = refuse(2, command, "demo:vit", *given)
+        assert "--llm-timeout '0s' is not a duration" in error
+
     def test_test_set_too_small_for_the_budget(
         self, refuse: Callable[..., str], project: Path, tmp_path: Path
     ) -> None:

@@ -13,13 +13,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from profiling_agent import cli
+from profiling_agent import cli, loop
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.request import Request
 from profiling_agent.checkup import check
 from profiling_agent.config import CONFIG_FILE, find_config, flags_of, load_config, use_config
 from profiling_agent.errors import BudgetError, StorageError
 from profiling_agent.records.common import Deployment
+from profiling_agent.records.trial import RunSettings
 from profiling_agent.run_defaults import MAX_SAMPLES_OF_A_RUN
 from profiling_agent.scaffold import TEMPLATES, read_template, write_project
 
@@ -255,6 +256,33 @@ class TestInit:
         for command, names in tables.items():
             assert command not in known or names <= known[command], command
         assert shared <= everything
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("2m", 120.0), (90, 90.0), (None, 60.0)])
+def test_the_time_for_an_answer_reaches_the_settings(
+    given: str | int | None, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file as from the command line; a record without it is one with the default."""
+    seen: list[RunSettings] = []
+
+    def stop(request: object, settings: RunSettings, **_: object) -> None:
+        seen.append(settings)
+        raise BudgetError("Far enough.")
+
+    monkeypatch.setattr(loop, "optimize_workload", stop)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"answer": "{}"}\n')
+    config = tmp_path / CONFIG_FILE
+    config.write_text("" if given is None else f"[optimize]\nllm-timeout = {given!r}\n")
+    flags = ["--llm", f"replay:{answers}", "--out", str(tmp_path / "run")]
+    typed = [] if given is None else ["--llm-timeout", str(given)]
+    for more in (["--config", str(config)], typed):
+        CliRunner().invoke(cli.app, ["optimize", "demo:vit", *flags, *more])
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert seen[0].llm is not None and seen[0].llm.limits.request_timeout_s == seconds
+    old = seen[0].model_dump(mode="json")
+    del old["llm"]["limits"]["request_timeout_s"]
+    assert (RunSettings.model_validate(old) == seen[0]) == (seconds == 60.0)
 
 
 def test_check_tells_the_defaults_that_the_commands_have() -> None:

@@ -52,20 +52,22 @@ REQUEST = (
 COMMANDS = {
     "optimize": f"MODEL {REQUEST} --max-drop --time-budget --out --objective "
     "--batch-size --threads --planner --llm --llm-base-url --llm-tools --no-llm-tools "
-    "--llm-prompt --rounds --max-llm-requests --max-llm-tokens --max-llm-answer --max-llm-cost "
-    "--recipe --runtime --evidence --max-trials --seed --restart "
+    "--llm-prompt --rounds --llm-timeout --max-llm-requests --max-llm-tokens --max-llm-answer "
+    "--max-llm-cost --recipe --runtime --evidence --max-trials --seed --restart "
     "--no-restart --json",
     "ablate": f"MODEL {REQUEST} --max-drop --planners --trials --seeds --time-budget --out "
-    "--llm --llm-prompts --max-llm-requests --max-llm-tokens --max-llm-answer --max-llm-cost "
-    "--objective --batch-size --threads --runtime --seed --restart --no-restart --json",
+    "--llm --llm-prompts --llm-timeout --max-llm-requests --max-llm-tokens --max-llm-answer "
+    "--max-llm-cost --objective --batch-size --threads --runtime --seed --restart --no-restart "
+    "--json",
     "profile": f"MODEL {REQUEST} --out --batch-size --threads --time-budget --llm --llm-base-url "
-    "--seed --json",
+    "--llm-timeout --seed --json",
     "plan": "PROFILE --out --run --planner --max-drop --objective --batch-size --threads --seed "
     "--config",
     "apply": f"MODEL --plan --out {REQUEST} --batch-size --threads --seed --json",
     "evaluate": f"ARTEFACT MODEL {REQUEST} --out --batch-size --threads --seed --json",
     "measure": "ARTEFACT --batch-size --threads --out --json --config",
-    "check": f"MODEL {REQUEST} --out --batch-size --threads --llm --llm-base-url --seed --json",
+    "check": f"MODEL {REQUEST} --out --batch-size --threads --llm --llm-base-url "
+    "--llm-timeout --seed --json",
     "init": "FOLDER",
     "report": "RUN --json --config",
 }

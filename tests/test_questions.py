@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from profiling_agent import api
 from profiling_agent.acquisition.inputs import resolve_without_data
 from profiling_agent.acquisition.request import Request
 from profiling_agent.checkup import check
-from profiling_agent.errors import LlmUnavailable, ModelError
+from profiling_agent.errors import BudgetError, LlmUnavailable, ModelError
 from profiling_agent.questions import ask_shapes, asker
 from profiling_agent.records.check import CheckRecord
 from profiling_agent.records.llm import LlmSettings
+from profiling_agent.records.trial import RunSettings
 from profiling_agent.records.workload import Overrides
 from profiling_agent.stages import profile
 from scripted_llm import Scripted
@@ -121,6 +123,34 @@ def test_profile_takes_the_shape(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         profile(Request(model=Sequences()), seconds=5.0)
     assert profile(Request(model=Sequences()), seconds=5.0, ask=ask).total is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"llm": "ollama:x", "llm_timeout": 0.0}, "llm_timeout=0.0 is no number of seconds"),
+        ({"llm": "ollama:x", "llm_timeout": float("nan")}, "llm_timeout=nan"),
+        ({"llm": LlmSettings(model="ollama:x"), "llm_timeout": 5.0}, "limits of their own"),
+        ({"llm_base_url": "http://localhost:1/v1"}, "name the model there with llm"),
+    ],
+)
+def test_what_goes_with_no_model_is_refused(
+    given: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match=words):
+        api.optimize(Sequences(), out=tmp_path / "run", **given)
+
+
+def test_the_time_for_an_answer_is_that_of_the_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RunSettings] = []
+    monkeypatch.setattr(
+        api.loop, "optimize_workload", lambda _, settings, **__: seen.append(settings)
+    )
+    for timeout in (5.0, None):
+        api.optimize(Sequences(), out=tmp_path / "run", llm="ollama:x", llm_timeout=timeout)
+    assert [each.llm and each.llm.limits.request_timeout_s for each in seen] == [5.0, 60.0]
 
 
 # ---- preprocessing ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from profiling_agent.planning.planner import planner_name
 from profiling_agent.preconditions import default_drop
 from profiling_agent.records.base import describe_faults
 from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
-from profiling_agent.records.llm import LlmSettings
+from profiling_agent.records.llm import LlmLimits, LlmSettings
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import RunRecord, RunSettings
 from profiling_agent.records.workload import Overrides
@@ -49,6 +49,7 @@ def optimize(
     planner: str = "auto",
     llm: str | LlmSettings | None = None,
     llm_base_url: str | None = None,
+    llm_timeout: float | None = None,
     runtimes: Sequence[str] | None = None,
     evidence: Evidence = "measured",
     seed: int = 0,
@@ -63,9 +64,10 @@ def optimize(
     gives a score for each sample or one for all; ``preprocessing`` overrides what the model states
     (mean, std, scale, mode, resize, crop, interpolation). ``time_budget`` is in seconds;
     ``llm`` names a language model that proposes plans (``openai:gpt-4o``, keys from the environment
-    alone; an ``LlmSettings`` has the limits too); ``planner`` auto is then ``hybrid``, else
-    ``solver``. ``threads`` None takes what the machine grants, ``runtimes`` None all that are
-    installed. Raises the errors of ``profiling_agent.errors``.
+    alone; an ``LlmSettings`` has the limits too), of which one answer may take ``llm_timeout``
+    seconds (None: 60); ``planner`` auto is then ``hybrid``, else ``solver``.
+    ``threads`` None takes what the machine grants, ``runtimes`` None all that are installed. Raises
+    the errors of ``profiling_agent.errors``.
 
         result = optimize(model, data, max_drop=0.5, out="result")
     """
@@ -86,8 +88,8 @@ def optimize(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
+    advisor = _advisor(llm, llm_base_url, llm_timeout)
     try:
-        advisor = LlmSettings(model=llm, base_url=llm_base_url) if isinstance(llm, str) else llm
         settings = RunSettings(
             budget=Budget(
                 max_drop=default_drop(max_drop, request.unit),
@@ -105,8 +107,6 @@ def optimize(
         )
     except ValidationError as error:
         raise _unusable(error) from None
-    if llm is None and llm_base_url is not None:
-        raise BudgetError("llm_base_url names an endpoint; name the model there with llm.")
     progress = open_progress(
         time_budget, mode="auto" if show_progress else "silent", unit=request.unit
     )
@@ -162,6 +162,28 @@ def _request(
     except ValidationError as error:
         raise _unusable(error) from None
     return Request(model=model, data=data, overrides=overrides, **named)
+
+
+def _advisor(
+    llm: str | LlmSettings | None, base_url: str | None, timeout_s: float | None
+) -> LlmSettings | None:
+    """Whom to ask, or nobody; ``BudgetError`` for settings that go with no model's name."""
+    if llm is None and base_url is not None:
+        raise BudgetError("llm_base_url names an endpoint; name the model there with llm.")
+    if timeout_s is not None and not 0 < timeout_s < float("inf"):
+        raise BudgetError(f"llm_timeout={timeout_s!r} is no number of seconds; pass one like 60.")
+    if not isinstance(llm, str):
+        if llm is not None and (base_url is not None or timeout_s is not None):
+            raise BudgetError(
+                "llm_base_url and llm_timeout go with the name of a model; the LlmSettings in llm "
+                "have a base_url and limits of their own."
+            )
+        return llm
+    limits = LlmLimits() if timeout_s is None else LlmLimits(request_timeout_s=timeout_s)
+    try:
+        return LlmSettings(model=llm, base_url=base_url, limits=limits)
+    except ValidationError as error:
+        raise _unusable(error) from None
 
 
 def _unusable(error: ValidationError) -> BudgetError:

@@ -19,6 +19,7 @@ from profiling_agent.errors import ProfilingAgentError
 from profiling_agent.flags import (
     Advisor,
     AdvisorUrl,
+    AnswerTime,
     BatchSize,
     Config,
     Json,
@@ -67,6 +68,7 @@ def profile(
     time_budget: TimeBudget = "2m",
     llm: Advisor = None,
     llm_base_url: AdvisorUrl = None,
+    llm_timeout: AnswerTime = "60s",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -81,7 +83,7 @@ def profile(
         deployment=deployment_of(batch_size, threads),
         seconds=parse_duration(time_budget),
         seed=seed,
-        ask=asker(advisor(llm, llm_base_url)),
+        ask=asker(advisor(llm, llm_base_url, timeout=llm_timeout)),
     )
     if out is not None:
         write_text(out, record.to_json())
@@ -243,6 +245,7 @@ def check(
     threads: Threads = None,
     llm: Advisor = None,
     llm_base_url: AdvisorUrl = None,
+    llm_timeout: AnswerTime = "60s",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -256,7 +259,7 @@ def check(
         deployment=deployment_of(batch_size, threads),
         out=out,
         seed=seed,
-        ask=asker(advisor(llm, llm_base_url)),
+        ask=asker(advisor(llm, llm_base_url, timeout=llm_timeout)),
     )
     show(record.to_json() if json else None, lambda: render_check(record, folder=out))
     raise typer.Exit(12 if record.has_problems else 0)

@@ -70,6 +70,18 @@ AdvisorUrl = Annotated[
 TimeBudget = Annotated[str, typer.Option(help="such as 90s, 15m, 2h")]
 
 
+def _check_answer_time(text: str) -> str:
+    """Also where nobody is asked: a duration that is none is never passed over."""
+    parse_duration(text, "--llm-timeout")
+    return text
+
+
+AnswerTime = Annotated[
+    str,
+    typer.Option(callback=_check_answer_time, help="that one of its answers may take: 60s, 5m"),
+]
+
+
 def _use_config(context: typer.Context, given: Path | None) -> Path | None:
     from profiling_agent.config import use_config
 
@@ -212,12 +224,12 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     ]
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, what: str = "The time budget") -> float:
     """Seconds of ``90``, ``90s``, ``15m`` or ``2h``; ``BudgetError`` for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
     seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     if not 1.0 <= seconds <= 30 * 86400:
-        raise BudgetError(f"The time budget {text!r} is not a duration; write 90s, 15m or 2h.")
+        raise BudgetError(f"{what} {text!r} is not a duration; write 90s, 15m or 2h.")
     return seconds
 
 
@@ -274,6 +286,7 @@ def advisor(
     max_tokens: int = 400_000,
     max_answer_tokens: int = 8000,
     max_cost_usd: float | None = None,
+    timeout: str = "60s",
     **asked: Any,
 ) -> LlmSettings | None:
     """Whom to ask for plans, or nobody; ``BudgetError`` for an endpoint without a model."""
@@ -292,6 +305,7 @@ def advisor(
                 max_tokens=max_tokens,
                 max_answer_tokens=max_answer_tokens,
                 max_cost_usd=max_cost_usd,
+                request_timeout_s=parse_duration(timeout, "--llm-timeout"),
             ),
             **asked,
         )

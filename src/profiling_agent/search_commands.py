@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from profiling_agent.flags import (
+    AnswerTime,
     BatchSize,
     EvidenceLevel,
     Json,
@@ -74,6 +75,7 @@ def optimize(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="plans asked of it; 1 is the paper's single shot")
     ] = None,
+    llm_timeout: AnswerTime = "60s",
     max_llm_requests: Annotated[int, typer.Option(min=1, help="requests to it at most")] = 60,
     max_llm_tokens: Annotated[int, typer.Option(min=1, help="tokens, in and out")] = 400_000,
     max_llm_answer: Annotated[int, typer.Option(min=50, help="tokens of one answer")] = 8000,
@@ -120,6 +122,7 @@ def optimize(
         max_tokens=max_llm_tokens,
         max_answer_tokens=max_llm_answer,
         max_cost_usd=max_llm_cost,
+        timeout=llm_timeout,
     )
     settings = record_of(
         lambda: RunSettings(
@@ -195,6 +198,7 @@ def ablate(
     llm_prompts: Annotated[
         str, typer.Option(help="wordings, comma separated, one arm each: default,terse,stepwise")
     ] = "default",
+    llm_timeout: AnswerTime = "60s",
     max_llm_requests: Annotated[int, typer.Option(min=1, help="requests of each arm")] = 60,
     max_llm_tokens: Annotated[int, typer.Option(min=1, help="of each arm, in and out")] = 400_000,
     max_llm_answer: Annotated[int, typer.Option(min=50, help="tokens of one answer")] = 8000,
@@ -226,6 +230,7 @@ def ablate(
             max_tokens=max_llm_tokens,
             max_answer_tokens=max_llm_answer,
             max_cost_usd=max_llm_cost,
+            timeout=llm_timeout,
         )
         for each in (listed("--llm", llm) if llm is not None else ())
         for wording in listed("--llm-prompts", llm_prompts)
