@@ -125,6 +125,20 @@ def test_profile_takes_the_shape(tmp_path: Path) -> None:
     assert profile(Request(model=Sequences()), seconds=5.0, ask=ask).total is not None
 
 
+def test_profile_from_python_takes_the_shape(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"answer": shapes((7, 24))}) + "\n", encoding="utf-8")
+    model = f"replay:{answers}"
+    with pytest.raises(ModelError):
+        api.profile(Sequences(), seconds=5.0)
+    for llm in (model, LlmSettings(model=model)):
+        assert api.profile(Sequences(), seconds=5.0, llm=llm).total is not None
+    with pytest.raises(BudgetError, match="name the model there with llm"):
+        api.profile(Sequences(), seconds=5.0, llm_base_url="http://localhost:1/v1")
+    with pytest.raises(BudgetError, match="names no provider"):
+        api.profile(Sequences(), seconds=5.0, llm="nobody")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -17,6 +17,7 @@ from profiling_agent.errors import BudgetError
 from profiling_agent.machine.threads import default_threads
 from profiling_agent.planning.planner import planner_name
 from profiling_agent.preconditions import default_drop
+from profiling_agent.questions import asker
 from profiling_agent.records.base import describe_faults
 from profiling_agent.records.common import Budget, Deployment, Evidence, Objective
 from profiling_agent.records.llm import LlmLimits, LlmSettings
@@ -129,10 +130,17 @@ def profile(
     batch_size: int = 1,
     threads: int | None = None,
     seconds: float = 120.0,
+    llm: str | LlmSettings | None = None,
+    llm_base_url: str | None = None,
+    llm_timeout: float | None = None,
 ) -> Profile:
     """Costs of every module and group, latency against width, and accuracy sensitivity.
 
-    Arguments as in ``optimize``; ``seconds`` are about what it may take.
+    Arguments as in ``optimize``; ``seconds`` are about what it may take. A language model that
+    ``llm`` names is asked for the input's shape alone, and only where none that is probed works;
+    what it answers is tried by calling the model.
+
+        record = profile(model, llm="openai:gpt-4o")
     """
     request = _request(
         model,
@@ -144,11 +152,12 @@ def profile(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
+    ask = asker(_advisor(llm, llm_base_url, llm_timeout))
     try:
         deployment = Deployment(batch_size=batch_size, threads=threads or default_threads())
     except ValidationError as error:
         raise _unusable(error) from None
-    return stages.profile(request, deployment=deployment, seconds=seconds)
+    return stages.profile(request, deployment=deployment, seconds=seconds, ask=ask)
 
 
 def _request(
