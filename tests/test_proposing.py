@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -321,6 +322,20 @@ def test_a_model_that_says_one_thing_for_ever_ends_as_well(
     assert search.state.rejections == []
     plans = [trial.plan.plan_id for trial in search.state.trials]
     assert len(set(plans)) == len(plans)
+
+
+@pytest.mark.parametrize("name", ["llm", "hybrid"])
+def test_a_model_that_is_not_asked_again_is_counted_once(name: AdvisedName, tmp_path: Path) -> None:
+    """As a hand-over: the solver stepped in for two questions, and not for a third."""
+    search = Search(advised(name, ["prose"]), tmp_path, max_trials=9)
+    assert set(search.run()) == {"solver"}
+    counts = Counter(guard.action for guard in search.state.guards)
+    assert counts == {"rejected": 4, "fallback": 2, "handover": 1}
+    handed = search.state.guards[-1]
+    assert (handed.author, handed.trial_id) == ("loop", "t3")
+    wanted = "the model is not asked again: 2 questions in a row in vain; solver goes on"
+    assert handed.reason == wanted
+    assert len(search.events("guard")) == 7
 
 
 # ---- what is journalled -------------------------------------------------------------------------

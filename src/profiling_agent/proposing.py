@@ -76,9 +76,9 @@ class Proposals:
             proposal = planner.propose(
                 profile, tuple(self.state.trials), self.settings.budget, self.settings.seed
             )
-            self._keep_guards(f"t{number}" if proposal else None)
+            why = self._keep_guards(f"t{number}" if proposal else None)
             if proposal is None:
-                if not self.hand_over(f"{planner.name} has nothing left to propose"):
+                if not self.hand_over(why or f"{planner.name} has nothing left to propose"):
                     return
                 continue
             author = proposal.author or planner.name
@@ -123,16 +123,22 @@ class Proposals:
         reserved = is_reserved(number, left)
         return self._reserve if reserved or self.since is not None else self.planner
 
-    def _keep_guards(self, trial_id: str | None) -> None:
-        """Journal what the guards did for a proposal, and what the asking has cost so far."""
+    def _keep_guards(self, trial_id: str | None) -> str:
+        """Journal what the guards did for a proposal, and what the asking has cost so far; why the
+        planner itself hands over, if it does, which ``hand_over`` journals."""
         if not isinstance(self.planner, Advised):
-            return
+            return ""
+        why = ""
         for guard in self.planner.take_guards():
+            if guard.action == "handover":
+                why = guard.reason
+                continue
             self._guard(guard.model_copy(update={"trial_id": trial_id}))
         usage = self.planner.usage
         if usage.requests and usage != self.state.llm:
             self.state.llm = usage
             self.store.journal.append("llm", usage)
+        return why
 
     def _guard(self, guard: Guard) -> None:
         """Journal it, unless an earlier process did: a continued run may get an answer again."""

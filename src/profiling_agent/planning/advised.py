@@ -103,9 +103,11 @@ class AdvisedPlanner:
         rounds = self._settings.rounds
         if self._gone or (rounds is not None and max(asked, self._num_asked) >= rounds):
             return None
-        if self._num_in_vain >= PATIENCE and not self._is_bare:
+        if self._num_in_vain >= PATIENCE and not self._stands_alone:
             self._gone = True
-            self._note("fallback", f"not asked again: {PATIENCE} questions in a row in vain")
+            self._note(
+                "handover", f"the model is not asked again: {PATIENCE} questions in a row in vain"
+            )
             return None
         pairs = _open_to(self.name, profile, history, budget)
         if not pairs:
