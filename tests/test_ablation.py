@@ -222,6 +222,34 @@ def test_a_stopped_comparison_asks_and_measures_nothing_twice(
     assert len(arm_of(record, "llm").attempts) == 4
 
 
+@pytest.mark.parametrize("planner", ["llm", "hybrid"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_continued_arm_asks_no_more_than_its_trials_allow(
+    planner: str, count: int, tmp_path: Path, scripted: Any
+) -> None:
+    """Rejected answers are attempts of the model alone; behind the other stands the solver."""
+    answers = ["prose", GOOD, *[f"prose {number}" for number in range(20)]]
+    settings = settings_of((planner,), models=(LLM,))
+    provider = scripted(**{planner: answers})[planner]
+    whole = compared(Bench(tmp_path), settings)
+    asked = len(provider.asked)
+    provider = scripted(**{planner: answers})[planner]
+    bench = Bench(tmp_path)
+    append = bench.store.journal.append
+
+    def stops(kind: str, data: Any) -> None:
+        append(kind, data)
+        if kind == "arm" and len(bench.store.journal.kept) == count:
+            raise KeyboardInterrupt
+
+    bench.store.journal.append = stops
+    with contextlib.suppress(KeyboardInterrupt):
+        compared(bench, settings)
+    record = compared(bench, settings)
+    assert len(provider.asked) == asked
+    assert arm_of(record, planner).guards == arm_of(whole, planner).guards
+
+
 def test_answers_without_token_counts_are_answers(tmp_path: Path, scripted: Any) -> None:
     """A file of two answers and four trials: what was tried counts, then the arm is at its end."""
     scripted(llm=["prose", GOOD, lost()])

@@ -17,7 +17,18 @@ import pytest
 from profiling_agent.errors import BudgetError, LlmUnavailable
 from profiling_agent.llm.conversation import Reply
 from profiling_agent.llm.faults import FinalFault
-from profiling_agent.planning.advised import PAPER, AdvisedName, AdvisedPlanner
+from profiling_agent.planning.advised import (
+    ALTERED,
+    IN_VAIN,
+    MODEL,
+    NO_ANSWER,
+    NO_WORSE,
+    NOT_ASKED,
+    PAPER,
+    TOGETHER,
+    AdvisedName,
+    AdvisedPlanner,
+)
 from profiling_agent.planning.agents.answer import ANYTHING, answer_schema, read_answer
 from profiling_agent.planning.agents.consult import (
     MAX_ANSWERS,
@@ -1057,6 +1068,52 @@ def test_one_good_answer_renews_the_patience() -> None:
     for _ in range(4):
         proposed(planner)
     assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
+
+
+SOLVERS = plan_of(("mlp:b.fc1", 0.25))
+
+
+@pytest.mark.parametrize(
+    ("reasons", "asks"),
+    [
+        ([IN_VAIN], True),
+        ([IN_VAIN, IN_VAIN], False),
+        ([IN_VAIN, NO_ANSWER, IN_VAIN], False),  # a fault of the line says nothing about the model
+        ([IN_VAIN, NOT_ASKED, IN_VAIN], False),
+        ([IN_VAIN, ALTERED, IN_VAIN], True),
+        ([IN_VAIN, NO_WORSE, IN_VAIN], True),
+        ([IN_VAIN, MODEL, IN_VAIN], True),
+        ([IN_VAIN, TOGETHER, IN_VAIN, IN_VAIN], False),
+        ([NO_ANSWER] * 3, True),
+    ],
+)
+def test_what_an_earlier_process_asked_counts(reasons: Sequence[str], asks: bool) -> None:
+    trials = [
+        tried(number, SOLVERS, 0.5, 0.1).model_copy(
+            update={"author": reason if reason in (MODEL, TOGETHER) else "solver"}
+        )
+        for number, reason in enumerate(reasons, 1)
+    ]
+    guards = [
+        Guard(action="fallback", author=MODEL, trial_id=f"t{number}", reason=reason)
+        for number, reason in enumerate(reasons, 1)
+        if reason not in (MODEL, TOGETHER)
+    ]
+    lost_one = Guard(
+        action="fallback", author=MODEL, trial_id=f"t{len(reasons) + 1}", reason=IN_VAIN
+    )
+    history = [*controls_of(), *trials]
+    provider = Scripted([GOOD])
+    planner = asked_by("llm", provider)
+    planner.recall(history, [*guards, lost_one])  # its trial is not among them: it is asked again
+    found = planner.propose(profile_of(), history, BUDGET, 0)
+    assert (found is not None) == asks == bool(provider.asked)
+    num_asked = len(reasons) - reasons.count(NOT_ASKED)
+    for rounds in (num_asked, num_asked + 1):
+        planner = asked_by("llm", provider, rounds=rounds)
+        planner.recall(history, guards)
+        found = planner.propose(profile_of(), history, BUDGET, 0)
+        assert (found is not None) == (asks and rounds > num_asked)
 
 
 def test_when_the_model_is_gone_for_good_it_is_not_asked_again() -> None:

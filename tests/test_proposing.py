@@ -78,6 +78,9 @@ class Asked:
     def allow(self, seconds: float) -> None:
         self.allowed.append(seconds)
 
+    def recall(self, trials: Sequence[Trial], guards: Sequence[Guard]) -> None:
+        self.recalled = (len(trials), len(guards))
+
     def take_guards(self) -> tuple[Guard, ...]:
         taken, self._waiting = self._waiting, ()
         return taken
@@ -336,6 +339,57 @@ def test_a_model_that_is_not_asked_again_is_counted_once(name: AdvisedName, tmp_
     wanted = "the model is not asked again: 2 questions in a row in vain; solver goes on"
     assert handed.reason == wanted
     assert len(search.events("guard")) == 7
+
+
+def walked(search: Search, count: int, *, is_underway: bool) -> None:
+    """A process that is killed after so many trials of its own, or in the middle of the next."""
+    for number, proposal, author in search.proposals.walk(PROFILE):
+        if number <= count:
+            trial = tried(number, proposal.plan, 0.6, 0.1).model_copy(update={"author": author})
+            search.state.trials.append(trial)
+        if number == count + is_underway:
+            break
+    for trial in search.state.trials:
+        search.store.journal.append("trial", trial)
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        (["prose"], {}),
+        ([f"prose {number}" for number in range(50)], {}),
+        ([f"prose {number}" for number in range(50)], {"rounds": 1}),
+        ([answers(1)[0], "prose"], {}),
+        (["prose", "prose", *answers(1), "prose"], {}),
+        (answers(9), {"rounds": 3}),
+    ],
+)
+@pytest.mark.parametrize("name", ["llm", "hybrid"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("is_underway", [False, True])
+def test_a_continued_run_asks_as_often_as_one_that_was_not_killed(
+    steps: list[Step],
+    settings: dict[str, int],
+    name: AdvisedName,
+    count: int,
+    is_underway: bool,
+    tmp_path: Path,
+) -> None:
+    def search(folder: Path, provider: Scripted) -> Search:
+        folder.mkdir(exist_ok=True)
+        client = client_of(provider, folder)
+        values = LlmSettings(model="scripted", **settings)
+        return Search(AdvisedPlanner(name, client, values), folder, max_trials=9)
+
+    whole, halves = Scripted(steps), Scripted(steps)
+    first = search(tmp_path / "whole", whole)
+    walked(first, 9, is_underway=False)
+    walked(search(tmp_path / "halves", halves), count, is_underway=is_underway)
+    second = search(tmp_path / "halves", halves)
+    walked(second, 9, is_underway=False)
+    assert len(halves.asked) == len(whole.asked)
+    assert second.state.guards == first.state.guards
+    assert [t.author for t in second.state.trials] == [t.author for t in first.state.trials]
 
 
 # ---- what is journalled -------------------------------------------------------------------------

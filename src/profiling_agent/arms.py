@@ -285,6 +285,8 @@ class ArmWalker:
             update = {"guards": (*walked.arm.guards, *guards), "usage": usage}
             walked.arm = walked.arm.model_copy(update=update)
             walked.ended, walked.is_handed_over = data["ended"], data["is_handed_over"]
+        if isinstance(walked.planner, Advised):
+            walked.planner.recall(self._history(walked), walked.arm.guards)
 
 
 def name_of(arm: Arm) -> str:

@@ -54,6 +54,8 @@ class Proposals:
     seconds_to_ask: Callable[[], float]
 
     def __post_init__(self) -> None:
+        if isinstance(self.planner, Advised):
+            self.planner.recall(self.state.trials, self.state.guards)
         self._earlier = Counter(self.state.guards)
         self._since = next(
             (_number(guard) - 1 for guard in self.state.guards if guard.action == "handover"), None

@@ -41,6 +41,14 @@ from profiling_agent.records.trial import Trial
 PAPER = Limits(pairs=(("torch", "int8-dynamic"),), importance="magnitude", repair="none")
 MODEL, TOGETHER = "llm", "llm+solver"
 """Authors of plans; the solver's own are ``solver``."""
+AUTHORS = (MODEL, TOGETHER, "paper")
+"""Of plans that a model's answer led to."""
+IN_VAIN = "the solver's plan instead, since no answer of the model's passed"
+NO_ANSWER = "the solver's plan instead, since the model gave no answer"
+NOT_ASKED = "the solver's plan instead, since there is nothing to choose from"
+ALTERED = "the solver's plan instead, since the guards left none of the model's"
+NO_WORSE = "the solver's own plan is no worse by estimate"
+"""Why a plan is the solver's; a continued run counts its questions by these."""
 MAX_CHANGED = 600
 """Characters of what is told to the model of its guards."""
 PATIENCE = 2
@@ -85,6 +93,20 @@ class AdvisedPlanner:
         self._guards.clear()
         return taken
 
+    def recall(self, trials: Sequence[Trial], guards: Sequence[Guard]) -> None:
+        """Count the questions of an earlier process, one for each trial that it carried out."""
+        reasons = {each.trial_id: each.reason for each in guards if each.action == "fallback"}
+        self._num_asked = self._num_in_vain = 0
+        self._num_rejected = sum(guard.action == "rejected" for guard in guards)
+        for trial in trials:
+            reason = reasons.get(trial.trial_id, "")
+            has_passed = trial.author in AUTHORS or reason in (ALTERED, NO_WORSE)
+            self._num_asked += has_passed or reason in (IN_VAIN, NO_ANSWER)
+            if has_passed:
+                self._num_in_vain = 0
+            elif reason == IN_VAIN:
+                self._num_in_vain += 1
+
     def propose(
         self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
     ) -> Proposal | None:
@@ -99,7 +121,7 @@ class AdvisedPlanner:
     def _propose(
         self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
     ) -> Proposal | None:
-        asked = sum(trial.author in (MODEL, TOGETHER, "paper") for trial in history)
+        asked = sum(trial.author in AUTHORS for trial in history)
         rounds = self._settings.rounds
         if self._gone or (rounds is not None and max(asked, self._num_asked) >= rounds):
             return None
@@ -112,10 +134,11 @@ class AdvisedPlanner:
         pairs = _open_to(self.name, profile, history, budget)
         if not pairs:
             self._note("unanswered", "nothing to choose from: no runtime and scheme was measured")
-            return self._fallback(profile, history, budget, seed)
+            return self._fallback(profile, history, budget, seed, NOT_ASKED)
         parsed = self._consult(profile, history, budget, seed, pairs)
         if parsed is None or parsed.reason:
-            return self._fallback(profile, history, budget, seed)
+            reason = NO_ANSWER if parsed is None else IN_VAIN
+            return self._fallback(profile, history, budget, seed, reason)
         plan = parsed.plan
         if plan is None:
             self._gone = self._stands_alone  # it is done, and nobody goes on in its place
@@ -128,7 +151,7 @@ class AdvisedPlanner:
             return self._hybrid(plan, profile, history, budget, seed)
         plan = self._trusted(plan, profile, history, budget)
         if plan is None:
-            return self._fallback(profile, history, budget, seed)
+            return self._fallback(profile, history, budget, seed, ALTERED)
         return replace(estimate(plan, profile, history), author=MODEL)
 
     def _consult(
@@ -193,14 +216,19 @@ class AdvisedPlanner:
         return trusted
 
     def _fallback(
-        self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
+        self,
+        profile: Profile,
+        history: Sequence[Trial],
+        budget: Budget,
+        seed: int,
+        reason: str,
     ) -> Proposal | None:
         if self._stands_alone:
             return None
         proposal = self._solver.propose(profile, history, budget, seed)
         if proposal is None:
             return None
-        self._note("fallback", "the solver's plan instead, since none of the model's passed")
+        self._note("fallback", reason)
         return replace(proposal, author="solver")
 
     def _hybrid(
@@ -217,7 +245,7 @@ class AdvisedPlanner:
             )
         trusted = self._trusted(completed, profile, history, budget)
         if trusted is None:
-            return self._fallback(profile, history, budget, seed)
+            return self._fallback(profile, history, budget, seed, ALTERED)
         theirs = estimate(trusted, profile, history)
         own = self._solver.propose(profile, history, budget, seed)
         if own is not None:
@@ -225,7 +253,7 @@ class AdvisedPlanner:
                 promise(each, _pair(each.plan), profile, history, budget) for each in (own, theirs)
             )
             if ours <= value:
-                self._note("fallback", "the solver's own plan is no worse by estimate")
+                self._note("fallback", NO_WORSE)
                 return replace(own, author="solver")
         return replace(theirs, author=MODEL if trusted == plan else TOGETHER)
 

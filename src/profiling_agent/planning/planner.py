@@ -63,6 +63,10 @@ class Advised(Planner, Protocol):
         """What the next proposal may take at most, waiting for answers."""
         ...
 
+    def recall(self, trials: Sequence[Trial], guards: Sequence[Guard]) -> None:
+        """What an earlier process of the run carried out and its guards did; before a proposal."""
+        ...
+
     def take_guards(self) -> tuple[Guard, ...]:
         """What the guards did since the last call."""
         ...
