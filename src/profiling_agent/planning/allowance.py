@@ -1,10 +1,13 @@
 """How much divergence the accuracy budget affords: what the trials say about it.
 
-The *allowance* stands between divergence, which is measured group by group, and accuracy, which is
-known of whole trials only. It is found for each runtime and scheme: doubled after a feasible trial;
-between the best feasible and the least infeasible one halved (in logarithms), or moved to where
-their drops say the budget lies. Cuts that clearly lost too much in one runtime and scheme, where
-quantizing alone did not, are not repeated in another: what a cut costs hardly depends on these.
+The *allowance* stands between divergence, which is predicted as a sum over groups and layers, and
+accuracy, which is known of whole trials only. Where trials recorded how far their outputs were from
+the original's, it is where the fitted line (``drops.py``) meets 0.8 of the budget, by what whole
+plans diverged over what was predicted of them. Where they did not, it is found for each runtime and
+scheme: doubled after a feasible trial; between the best feasible and the least infeasible one
+halved (in logarithms), or moved to where their drops say the budget lies. Cuts that clearly lost
+too much in one runtime and scheme, where quantizing alone did not, are then not repeated in
+another: what a cut costs hardly depends on these.
 """
 
 from __future__ import annotations
@@ -12,6 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from profiling_agent.planning.drops import (
+    KL_PER_POINT,
+    Slope,
+    divergence,
+    expected_drop,
+    fitted_slope,
+    points,
+)
 from profiling_agent.planning.estimate import predict_kl
 from profiling_agent.planning.history import (
     Pair,
@@ -20,20 +31,21 @@ from profiling_agent.planning.history import (
     is_feasible,
     pair_of,
     search_drop,
+    within,
 )
 from profiling_agent.records.common import Budget
 from profiling_agent.records.plan import Plan, Quantization
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
-KL_PER_POINT = 0.02
-"""First guess of the divergence (nats) that costs one point of accuracy; trials correct it."""
-MAX_POINTS = 5.0
-"""Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
 SEARCH_ENDED = 1.15
 """The bracket around the allowance is closed when its ends are this close."""
 AIM = 0.8
-"""Of the budget, for plans between two that were measured: the test split may say a little more."""
+"""Of the budget, for plans placed by what was measured: the test split may say a little more."""
+LEAST_ROOM = 0.1
+"""Of the divergence at 0.8 of the budget, for pruning where quantizing alone has used it up."""
+MOST_BEYOND = 10.0
+"""How far the divergence of a whole plan may lie from the sum of its parts, to be believed."""
 
 
 def next_allowance(
@@ -41,14 +53,69 @@ def next_allowance(
 ) -> tuple[float | None, float | None]:
     """The divergence to try next, or ``None`` when the bracket is closed; and what is too much."""
     low, high = allowance_bracket(profile, history, budget, pair)
+    fitted = _fitted_allowance(profile, history, budget, pair)
+    if fitted is not None:
+        return _bounded(fitted, low, high, first=_first(points(budget, history))), high
     shrink = _shrink(profile, history, budget, pair, high)
-    allowance = _next_allowance(low, high, _points(budget, history), shrink)
+    allowance = _next_allowance(low, high, points(budget, history), shrink)
     if allowance is not None and low is not None and high is not None:
         allowance = max(allowance, _crossing(profile, history, budget, pair, low, high))
     if allowance is not None and high is None:
         elsewhere = _below_what_failed_elsewhere(profile, history, budget, pair)
         allowance = allowance if elsewhere is None else min(allowance, elsewhere)
     return allowance, high
+
+
+def is_fitted(history: Sequence[Trial], budget: Budget, pair: Pair) -> bool:
+    """Whether the allowance of the pair follows from how far trials diverged."""
+    control = controls(history).get(pair)
+    known = control is not None and divergence(control) is not None
+    return known and fitted_slope(history, budget) is not None
+
+
+def _fitted_allowance(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> float | None:
+    """The predicted divergence at which a plan is expected to lose 0.8 of the budget, going by how
+    far whole trials diverged; ``None`` when no trial or no control of the pair recorded that."""
+    slope, control = fitted_slope(history, budget), controls(history).get(pair)
+    apart = divergence(control) if control else None
+    if slope is None or control is None or apart is None:
+        return None
+    wanted = AIM * budget.max_drop / slope.value
+    predicted = predict_kl(profile, control.plan)
+    if needs_rescue(pair, history, budget):
+        return predicted * min(1.0, wanted / max(apart, 1e-12))
+    room = wanted - apart if wanted > apart else LEAST_ROOM * wanted
+    return predicted + room / _beyond_sums(profile, history, pair)
+
+
+def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
+    """What pruning plans diverged over the sum of their groups: of this pair's trials, before there
+    are any of all, 1 before there are those. Cuts made together cost more than one by one."""
+    known = controls(history)
+    shares: dict[Pair, tuple[float, float]] = {}
+    for trial in history:
+        control, alone = known.get(pair_of(trial)), _pruning_kl(profile, trial.plan)
+        base, apart = divergence(control) if control else None, divergence(trial)
+        if trial.is_control or base is None or apart is None or alone <= 0.0:
+            continue
+        ours = pair_of(trial)
+        along, square = shares.get(ours, (0.0, 0.0))
+        # relative errors are alike, so each trial's ratio counts the same
+        shares[ours] = (along + max(0.0, apart - base) / alone, square + 1.0)
+    chosen = [shares[pair]] if pair in shares else list(shares.values())
+    count = sum(number for _, number in chosen)
+    if count == 0.0:
+        return 1.0
+    return min(MOST_BEYOND, max(1 / MOST_BEYOND, sum(total for total, _ in chosen) / count))
+
+
+def _bounded(fitted: float, low: float | None, high: float | None, *, first: float) -> float:
+    """Below what was too much; without such, not far beyond the first guess and what held."""
+    if high is None:
+        return min(fitted, max(2 * first, 4 * (low or 0.0)))
+    return max(min(fitted, high / SEARCH_ENDED), high / 8 if low is None else 0.0)
 
 
 def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
@@ -61,7 +128,8 @@ def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
     known = [trial for trial in tried if trial.is_control]
     if not pair.scheme.startswith("int8") or not known:
         return False
-    if any(is_feasible(trial, budget) for trial in tried):
+    slope = fitted_slope(history, budget)
+    if any(_holds(trial, slope, budget) for trial in tried):
         return False
     return len(tried) > len(known) or is_clearly_over(known[0], budget)
 
@@ -76,7 +144,7 @@ def allowance_bracket(
     as nothing below its divergence was too much. One over the budget counts where layers are to be
     kept float for it.
     """
-    rescues = needs_rescue(pair, history, budget)
+    rescues, slope = needs_rescue(pair, history, budget), fitted_slope(history, budget)
     kept: list[float] = []
     lost: list[float] = []
     control: float | None = None
@@ -84,7 +152,7 @@ def allowance_bracket(
         if pair_of(trial) != pair or trial.status == "failed":
             continue
         kl = predict_kl(profile, trial.plan)
-        if is_feasible(trial, budget):
+        if _holds(trial, slope, budget):
             if trial.is_control:
                 control = kl
             else:
@@ -99,6 +167,11 @@ def allowance_bracket(
     if low is not None and high is not None and high <= low:
         high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
     return low, high
+
+
+def _holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
+    """Whether it is done and expected to be within the budget."""
+    return trial.status == "done" and within(expected_drop(trial, slope), budget)
 
 
 def _below_what_failed_elsewhere(
@@ -118,7 +191,7 @@ def _below_what_failed_elsewhere(
         return None
     high, trial = min(beyond, key=lambda found: found[0])
     shrink = _shrink_by(search_drop(trial), budget)
-    step = _next_allowance(low, high, _points(budget, history), shrink)
+    step = _next_allowance(low, high, points(budget, history), shrink)
     base = predict_kl(profile, own.plan) if own else 0.0
     return None if step is None else base + step
 
@@ -200,21 +273,14 @@ def _crossing(
     return min(low + share * (high - low), high / SEARCH_ENDED)
 
 
-def _points(budget: Budget, history: Sequence[Trial]) -> float:
-    """The budget in points; of a metric in another unit, in percent of what a control reaches."""
-    if budget.unit == "points":
-        return budget.max_drop
-    for trial in controls(history).values():
-        accuracy = trial.evaluation.on("search") if trial.evaluation else None
-        if accuracy is not None and accuracy.value != 0.0:
-            return min(MAX_POINTS, 100.0 * budget.max_drop / abs(accuracy.value))
-    return 1.0
+def _first(points: float) -> float:
+    return max(points, 0.05) * KL_PER_POINT
 
 
 def _next_allowance(
     low: float | None, high: float | None, points: float, shrink: float
 ) -> float | None:
-    first = max(points, 0.05) * KL_PER_POINT
+    first = _first(points)
     if high is None:
         return max(first, 2.0 * low) if low is not None else first
     if low is None or low == 0.0:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from profiling_agent.planning.drops import expected_drops
 from profiling_agent.planning.history import (
     feasible,
     pareto,
@@ -23,17 +24,16 @@ ROUNDING = 1 + 1e-9
 
 def best_control(trials: Sequence[Trial], budget: Budget) -> Trial | None:
     """The off-the-shelf artefact to beat: the best one within the budget on the search split."""
-    good = feasible([trial for trial in trials if trial.is_control], budget)
-    return good[0] if good else None
+    return next(iter(ranked_controls(trials, budget)), None)
 
 
 def ranked_controls(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
-    return feasible([trial for trial in trials if trial.is_control], budget)
+    return [trial for trial in feasible(trials, budget) if trial.is_control]
 
 
 def contenders(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Trial]:
-    """The plans that could be handed over: within the budget on search and better than the best
-    control, best objective first."""
+    """The plans that could be handed over: expected to be within the budget and better than the
+    best control, best objective first."""
     control = best_control(trials, budget)
     bar = trial_value(control, budget) if control else None
     ours = [
@@ -42,25 +42,31 @@ def contenders(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[T
         if not trial.is_control and (bar is None or (trial_value(trial, budget) or 0.0) < bar)
     ]
     if budget.evidence == "proven":
-        ours = [trial for trial in ours if _expected_bound(trial, num_test) <= budget.max_drop]
+        drops = expected_drops(trials, budget)
+        ours = [
+            trial
+            for trial in ours
+            if drops[trial.trial_id] + _expected_width(trial, num_test) <= budget.max_drop
+        ]
     return ours
 
 
 def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Candidate]:
     """At most three trials for the test split, best objective first.
 
-    The best one within the budget on search; and, since it was chosen for having come out well
-    there, the best with room to spare: first half the budget, then none used. Places that are left
-    go to others that beat the control, those that lost least first. With evidence ``proven`` only
-    trials whose bound on the test split would be within the budget.
+    The best one expected to be within the budget; and, since it was chosen for having come out well
+    on search, the best with room to spare: first half the budget, then none used. Places that are
+    left go to others that beat the control, those expected to lose least first. With evidence
+    ``proven`` only trials whose bound on the test split would be within the budget.
     """
     ours = contenders(trials, budget, num_test)
+    drops = expected_drops(trials, budget)
     chosen: dict[str, Trial] = {}
     for limit in (budget.max_drop, 0.5 * budget.max_drop, 0.0):
-        first = next((t for t in ours if (search_drop(t) or 0.0) <= limit * ROUNDING), None)
+        first = next((t for t in ours if drops[t.trial_id] <= limit * ROUNDING), None)
         if first is not None:
             chosen.setdefault(first.trial_id, first)
-    spare = sorted(ours, key=lambda trial: search_drop(trial) or 0.0)
+    spare = sorted(ours, key=lambda trial: drops[trial.trial_id])
     for trial in (*pareto(ours, budget), *spare):
         if len(chosen) < MAX_CANDIDATES:
             chosen.setdefault(trial.trial_id, trial)
@@ -68,23 +74,23 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
     return [
         Candidate(
             trial_id=trial.trial_id,
-            predicted_drop=search_drop(trial) or 0.0,
+            predicted_drop=drops[trial.trial_id],
             objective_value=trial_value(trial, budget) or 0.0,
         )
         for trial in picked[:MAX_CANDIDATES]
     ]
 
 
-def _expected_bound(trial: Trial, num_test: int) -> float:
-    """The one-sided bound that the search split's rates would give on the test split's size."""
+def _expected_width(trial: Trial, num_test: int) -> float:
+    """How far above the drop its one-sided bound would lie on the test split, by the search split's
+    rates."""
     accuracy = trial.evaluation.on("search") if trial.evaluation else None
     if accuracy is None or accuracy.drop is None:
         return math.inf
     normal = NormalDist()
     width = (accuracy.drop.high - accuracy.drop.low) / 2 / normal.inv_cdf(0.975)
     level = proof_level(MAX_CANDIDATES)
-    scaled = width * math.sqrt(accuracy.num_samples / num_test)
-    return accuracy.drop.estimate + normal.inv_cdf(level) * scaled
+    return normal.inv_cdf(level) * width * math.sqrt(accuracy.num_samples / num_test)
 
 
 def proof_level(num_candidates: int) -> float:

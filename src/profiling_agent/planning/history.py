@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from profiling_agent.planning.drops import expected_drops
 from profiling_agent.records.common import Budget
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.trial import Trial
@@ -53,8 +54,11 @@ def trial_value(trial: Trial, budget: Budget) -> float | None:
 
 def is_feasible(trial: Trial, budget: Budget) -> bool:
     """Done, and within the budget on the search split by point estimate."""
-    drop = search_drop(trial)
-    return trial.status == "done" and drop is not None and drop <= budget.max_drop * (1 + 1e-9)
+    return trial.status == "done" and within(search_drop(trial), budget)
+
+
+def within(drop: float | None, budget: Budget) -> bool:
+    return drop is not None and drop <= budget.max_drop * (1 + 1e-9)
 
 
 def is_clearly_over(trial: Trial, budget: Budget) -> bool:
@@ -66,8 +70,16 @@ def is_clearly_over(trial: Trial, budget: Budget) -> bool:
 
 
 def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
-    """Feasible trials whose objective was measured, best first; ties keep their order."""
-    good = [t for t in trials if is_feasible(t, budget) and trial_value(t, budget) is not None]
+    """Done trials whose expected drop (``drops.py``) is within the budget and whose objective was
+    measured, best first; ties keep their order."""
+    drops = expected_drops(trials, budget)
+    good = [
+        trial
+        for trial in trials
+        if trial.status == "done"
+        and within(drops.get(trial.trial_id), budget)
+        and trial_value(trial, budget) is not None
+    ]
     return sorted(good, key=lambda trial: trial_value(trial, budget) or 0.0)
 
 

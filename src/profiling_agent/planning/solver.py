@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from profiling_agent.planning.allowance import needs_rescue, next_allowance
+from profiling_agent.planning.allowance import is_fitted, needs_rescue, next_allowance
 from profiling_agent.planning.effects import floats
 from profiling_agent.planning.estimate import (
     LayerGain,
@@ -46,6 +47,9 @@ from profiling_agent.records.trial import Trial
 
 MAX_STEPS = 12
 """How often the allowance is moved on in search of a plan that was not tried."""
+NEAR, OTHER = 0.1, 0.2
+"""A tried plan is near an allowance if its divergence is so close, and the next is another plan if
+it differs in this share of the groups."""
 MAX_FAILED = 2
 """Plans in a row that could not be carried out, after which a runtime and scheme is given up."""
 
@@ -124,6 +128,11 @@ def _propose_for(
 ) -> Proposal | None:
     allowance, high = next_allowance(profile, history, budget, pair)
     prune = not needs_rescue(pair, history, budget)
+    if allowance is not None and is_fitted(history, budget, pair):
+        return solve(
+            pair, profile, history, budget, seed, allowance, prune=prune,
+            avoid=_tried_choices(pair, profile, history, allowance),
+        )  # fmt: skip
     for _ in range(MAX_STEPS):
         if allowance is None:
             return None
@@ -146,10 +155,12 @@ def solve(
     *,
     prune: bool = True,
     leave: Collection[str] = (),
+    avoid: Sequence[Choice] = (),
 ) -> Proposal | None:
     """The fastest plan of a runtime and scheme whose predicted divergence fits the allowance.
 
-    Without ``prune`` only layers are chosen that stay float; groups in ``leave`` stay whole.
+    Without ``prune`` only layers are chosen that stay float; groups in ``leave`` stay whole. It
+    differs from each choice in ``avoid`` by as much as that demands.
     """
     groups = [group for group in profile.groups if prune and group.id not in leave]
     base = base_latency(profile, history, pair)
@@ -158,11 +169,11 @@ def solve(
     if budget.objective in ("size", "memory"):
         options = {group.id: _by_parameters(profile, group) for group in groups}
         options = {group_id: choices for group_id, choices in options.items() if choices}
-        chosen = _knapsack(options, _gains_by_parameters(profile, gains), 1.0, allowance)
+        chosen = _knapsack(options, _gains_by_parameters(profile, gains), 1.0, allowance, avoid)
     else:
         options = {group.id: group_options(profile, group, pair) for group in groups}
         options = {group_id: choices for group_id, choices in options.items() if choices}
-        chosen = _knapsack(options, gains, scale, allowance)
+        chosen = _knapsack(options, gains, scale, allowance, avoid)
     if chosen is None:
         return None
     ratios, floats = chosen
@@ -221,8 +232,52 @@ def _gains_by_parameters(profile: Profile, gains: list[LayerGain]) -> list[Layer
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Ratios by group and layers kept float, and in how many places another is to differ from it:
+    a group at another ratio is two, a layer in another format is one."""
+
+    ratios: Mapping[str, float]
+    floats: Collection[str]
+    distance: int
+
+
+def _tried_choices(
+    pair: Pair, profile: Profile, history: Sequence[Trial], allowance: float
+) -> list[Choice]:
+    """What was tried of a runtime and scheme. Those near the allowance were the fastest there by
+    estimate, so the next is to be another plan and not the same but for a unit."""
+    ids = tuple(group.id for group in profile.groups)
+    choices: list[Choice] = []
+    for trial in history:
+        if pair_of(trial) != pair or trial.is_control:
+            continue
+        ratios = {name: line.ratio for name, line in assign(trial.plan, ids).items()}
+        is_near = abs(predict_kl(profile, trial.plan) / allowance - 1.0) < NEAR
+        another = max(min(3, len(ids) + 1), round(2 * OTHER * len(ratios))) if ratios else 1
+        distance = another if is_near else 1
+        kept = floats(trial.plan, profile)
+        choices.append(Choice(ratios=ratios, floats=kept, distance=distance))
+    return choices
+
+
+def _differing(
+    choice: Choice, items: Sequence[tuple[str, Option]], gains: Sequence[LayerGain]
+) -> LinearConstraint:
+    """At least ``distance`` of the variables differ from the choice's."""
+    taken = [abs(choice.ratios.get(group_id, 0.0) - option.ratio) < 1e-9
+             for group_id, option in items]  # fmt: skip
+    taken += [gain.name not in choice.floats for gain in gains]
+    signs = np.where(taken, -1.0, 1.0)
+    return LinearConstraint(signs[None, :], choice.distance - sum(taken), np.inf)
+
+
 def _knapsack(
-    options: dict[str, list[Option]], gains: list[LayerGain], scale: float, allowance: float
+    options: dict[str, list[Option]],
+    gains: list[LayerGain],
+    scale: float,
+    allowance: float,
+    avoid: Sequence[Choice] = (),
 ) -> tuple[dict[str, float], set[str]] | None:
     """Ratios by group and the layers that stay float; ``None`` if nothing fits."""
     items = [(group_id, option) for group_id, choices in options.items() for option in choices]
@@ -240,6 +295,7 @@ def _knapsack(
     constraints = [
         LinearConstraint(at_most_one, -np.inf, 1.0),
         LinearConstraint((kl / unit)[None, :], -np.inf, allowance / unit),
+        *(_differing(choice, items, gains) for choice in avoid),
     ]
     # a hair against pruning for nothing; and a hair for int8 where time can't tell
     worth = saved - 1e-7

@@ -1,0 +1,253 @@
+"""Expected drops, and the allowances and plans that follow where trials recorded divergences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from profiling_agent.planning.allowance import AIM, next_allowance
+from profiling_agent.planning.decide import contenders, nominate
+from profiling_agent.planning.drops import KL_PER_POINT, expected_drops, fitted_slope
+from profiling_agent.planning.estimate import predict_kl, predict_saved_share
+from profiling_agent.planning.history import Pair, feasible
+from profiling_agent.planning.solver import Solver
+from profiling_agent.records.common import Budget
+from profiling_agent.records.evaluation import Speedup
+from profiling_agent.records.patterns import assign
+from profiling_agent.records.plan import Plan, PruningLine, Quantization
+from profiling_agent.records.profile import Profile, RuntimeSchemes, SensitivityPoint, WidthPoint
+from profiling_agent.records.trial import Trial
+from record_factory import (
+    make_accuracy,
+    make_control,
+    make_evaluation,
+    make_group,
+    make_interval,
+    make_profile,
+    make_trial,
+)
+
+FP32 = Pair(runtime="onnxruntime", scheme="fp32")
+OTHER = Pair(runtime="openvino", scheme="fp32")
+BUDGET = Budget(max_drop=0.5)
+NOISE = 0.2
+"""The standard error of a drop, of a budget of 0.5 points."""
+
+
+def judged(trial_id: str, plan: Plan, relative: float, drop: float, apart: float | None) -> Trial:
+    accuracy = make_accuracy("search", 92.0 - drop, drop, divergence=apart)
+    accuracy = accuracy.model_copy(update={"drop": make_interval(drop, 1.96 * NOISE)})
+    evaluation = make_evaluation(
+        trial_id,
+        runtime=plan.runtime,
+        scheme=plan.quantization.scheme,
+        accuracy=(accuracy,),
+        speedup=Speedup(over="baseline", ratio=make_interval(1 / relative, 0.02)),
+    )
+    return make_trial(trial_id, plan=plan, evaluation=evaluation)
+
+
+def control(pair: Pair, relative: float, drop: float = 0.0, apart: float | None = 0.0) -> Trial:
+    plan = Plan(runtime=pair.runtime, quantization=Quantization(scheme=pair.scheme))  # pyright: ignore[reportArgumentType]
+    trial = judged(f"c-{pair.runtime}", plan, relative, drop, apart)
+    made = make_control(trial.trial_id, pair.runtime, pair.scheme, evaluation=trial.evaluation)
+    assert made.is_control
+    return made
+
+
+def pruning(ratio: float, pair: Pair = FP32) -> Plan:
+    return Plan(
+        runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
+        pruning=(PruningLine(match="mlp:g0", ratio=ratio),),
+        quantization=Quantization(scheme=pair.scheme),
+    )
+
+
+def fine_profile(num_groups: int = 20) -> Profile:
+    """Groups that differ in what a cut costs and saves, at six ratios each."""
+    draw = np.random.default_rng(0)
+    groups = []
+    for index in range(num_groups):
+        cost, worth = draw.uniform(0.5, 2.0), draw.uniform(0.5, 2.0)
+        groups.append(
+            make_group(
+                f"mlp:g{index}",
+                64,
+                widths=tuple(
+                    WidthPoint(width=64 - 8 * r, saved_ms=ms, low_ms=ms, high_ms=ms)
+                    for r in range(1, 7)
+                    for ms in (worth * 0.02 * r,)
+                ),
+                sensitivity=tuple(
+                    SensitivityPoint(
+                        ratio=r / 8,
+                        kl=cost * 1e-4 * r * r,
+                        kl_error=0.0,
+                        disagreement=0.0,
+                        num_images=64,
+                    )
+                    for r in range(1, 7)
+                ),
+            )
+        )
+    runtimes = tuple(
+        RuntimeSchemes(runtime=runtime, version="1", schemes=("fp32",))
+        for runtime in ("onnxruntime", "openvino")
+    )
+    return make_profile(groups=tuple(groups), layers=(), runtimes=runtimes)
+
+
+class TestExpectedDrop:
+    def test_it_is_nearer_to_the_truth_than_the_measured_one(self) -> None:
+        """Plans whose true drops lie about a line by a fifth; samples tell them to 0.2 points."""
+        draw = np.random.default_rng(1)
+        own, expected = [], []
+        for _ in range(40):
+            apart = draw.uniform(0.002, 0.03, size=8)
+            truth = 30.0 * apart * draw.normal(1.0, 0.2, size=8)
+            drops = truth + draw.normal(0.0, NOISE, size=8)
+            trials = [
+                judged(f"t{i}", pruning(0.5), 0.5, float(drops[i]), float(apart[i]))
+                for i in range(8)
+            ]
+            found = expected_drops(trials, BUDGET)
+            own += list(drops - truth)
+            expected += [found[f"t{i}"] - truth[i] for i in range(8)]
+        before, after = (float(np.sqrt(np.mean(np.square(e)))) for e in (own, expected))
+        assert before == pytest.approx(NOISE, rel=0.15)
+        assert after < 0.65 * before
+
+    def test_without_a_divergence_it_is_the_measured_one(self) -> None:
+        trials = [judged("t1", pruning(0.5), 0.5, 0.45, None), make_trial("t2", status="failed")]
+        assert fitted_slope(trials, BUDGET) is None
+        assert expected_drops(trials, BUDGET) == {"t1": 0.45}
+
+    def test_the_slope_starts_at_the_prior_and_follows_the_trials(self) -> None:
+        first = fitted_slope([control(FP32, 0.8)], BUDGET)
+        assert first is not None and first.value == pytest.approx(1 / KL_PER_POINT)
+        trials = [judged(f"t{i}", pruning(0.5), 0.5, 0.2 * i, 0.01 * i) for i in range(1, 9)]
+        slopes = [fitted_slope(trials[:count], BUDGET) for count in (1, 3, 8)]
+        values = [slope.value for slope in slopes if slope]
+        assert first.value > values[0] > values[1] > values[2] > 20.0
+        assert values[2] == pytest.approx(20.0, rel=0.1)
+        unsure = [slope.deviation for slope in slopes if slope]
+        assert unsure[0] > unsure[1] > unsure[2]
+
+    def test_in_another_unit_it_goes_by_what_a_control_reaches(self) -> None:
+        """0.004 of a control's 0.8 are half a percent."""
+        budget = Budget(max_drop=0.004, unit="F1")
+        plain = control(FP32, 0.8)
+        assert plain.evaluation is not None
+        accuracy = make_accuracy("search", 0.8, 0.0, divergence=0.0)
+        evaluation = plain.evaluation.model_copy(update={"accuracy": (accuracy,)})
+        slope = fitted_slope([plain.model_copy(update={"evaluation": evaluation})], budget)
+        assert slope is not None and slope.value == pytest.approx(0.004 / 0.5 / KL_PER_POINT)
+
+
+class TestWhatIsNominated:
+    def history(self) -> list[Trial]:
+        """A line of 20 points a nat; t8 came out badly on its samples, t9 well."""
+        known = [judged(f"t{i}", pruning(0.1 * i), 0.7, 0.2 * i, 0.01 * i) for i in range(1, 8)]
+        unlucky = judged("t8", pruning(0.85), 0.4, 0.55, 0.01)
+        lucky = judged("t9", pruning(0.9), 0.3, 0.45, 0.05)
+        return [control(FP32, 0.8), *known, unlucky, lucky]
+
+    def test_what_came_out_badly_by_chance_may_be_within_the_budget(self) -> None:
+        history = self.history()
+        assert feasible(history, BUDGET)[0].trial_id == "t8"
+        names = [trial.trial_id for trial in contenders(history, BUDGET, 1000)]
+        assert "t8" in names and "t9" not in names
+        first = nominate(history, BUDGET, 1000)[0]
+        assert first.trial_id == "t8" and 0.2 < first.predicted_drop < 0.5
+
+    def test_proof_is_expected_of_the_expected_drop(self) -> None:
+        budget = Budget(max_drop=0.5, evidence="proven")
+        assert "t8" not in {t.trial_id for t in contenders(self.history(), budget, 1000)}
+        assert "t8" in {t.trial_id for t in contenders(self.history(), budget, 100_000)}
+
+
+def carried_out(
+    number: int, plan: Plan, profile: Profile, draw: np.random.Generator, beyond: float
+) -> tuple[Trial, float]:
+    """A trial in a world where plans diverge ``beyond`` what was predicted and lose 20 points a
+    nat; with its true drop."""
+    apart = beyond * predict_kl(profile, plan) * float(draw.normal(1.0, 0.05))
+    drop = 20.0 * apart
+    saved = predict_saved_share(profile, plan) * float(draw.normal(1.0, 0.03))
+    base = 0.8 if plan.runtime == "onnxruntime" else 0.7
+    relative = base * (1.0 - saved)
+    measured = drop + float(draw.normal(0.0, NOISE))
+    return judged(f"t{number}", plan, relative, measured, apart), drop
+
+
+def searched(
+    profile: Profile, beyond: float, seed: int, limit: int = 6
+) -> tuple[list[Trial], list[float]]:
+    draw, planner = np.random.default_rng(seed), Solver()
+    history, drops = [control(FP32, 0.8), control(OTHER, 0.7)], []
+    for number in range(1, limit + 1):
+        proposal = planner.propose(profile, tuple(history), BUDGET, 0)
+        assert proposal is not None
+        trial, drop = carried_out(number, proposal.plan, profile, draw, beyond)
+        history.append(trial)
+        drops.append(drop)
+    return history, drops
+
+
+class TestWhereTheNextPlanIs:
+    @pytest.mark.parametrize("beyond", [0.5, 1.0, 3.0, 8.0])
+    def test_the_search_soon_comes_to_where_the_budget_lies(self, beyond: float) -> None:
+        profile = fine_profile()
+        misses = []
+        for seed in range(3):
+            _, drops = searched(profile, beyond, seed)
+            misses += [abs(drop / (AIM * 0.5) - 1.0) for drop in drops[3:]]
+        assert float(np.median(misses)) < 0.3
+
+    def test_no_plan_comes_twice_and_those_at_one_allowance_differ(self) -> None:
+        profile = fine_profile()
+        history, _ = searched(profile, 2.0, seed=3, limit=12)
+        plans = [trial.plan for trial in history if not trial.is_control]
+        assert len({plan.plan_id for plan in plans}) == len(plans)
+        ids = [group.id for group in profile.groups]
+        for first, second in zip(plans[-6:], plans[-5:], strict=False):
+            ours, theirs = (
+                {name: line.ratio for name, line in assign(plan, ids).items()}
+                for plan in (first, second)
+            )
+            apart = abs(predict_kl(profile, first) / predict_kl(profile, second) - 1.0)
+            if first.runtime == second.runtime and apart < 0.05:
+                assert sum(ours.get(i) != theirs.get(i) for i in ids) >= 2
+
+    def test_another_runtime_starts_where_the_first_has_led(self) -> None:
+        """Plans diverge four times their sums in one; the other's first is placed by that."""
+        profile = fine_profile()
+        first = pruning(0.5)
+        history = [control(FP32, 0.8), control(OTHER, 0.7)]
+        before, _ = next_allowance(profile, history, BUDGET, OTHER)
+        tried = judged("t1", first, 0.6, 1.0, 4 * predict_kl(profile, first))
+        after, _ = next_allowance(profile, [*history, tried], BUDGET, OTHER)
+        assert before is not None and after is not None
+        slope = fitted_slope([*history, tried], BUDGET)
+        assert slope is not None
+        assert after == pytest.approx(AIM * 0.5 / slope.value / 4)
+        assert before == pytest.approx(AIM * 0.5 * KL_PER_POINT)
+
+    def test_what_collapsed_bounds_what_is_tried_next(self) -> None:
+        profile = fine_profile()
+        plan = pruning(0.5)
+        collapsed = make_trial("t1", plan=plan, status="screened", reason="collapsed")
+        history = [control(FP32, 0.8), collapsed]
+        allowance, high = next_allowance(profile, history, BUDGET, FP32)
+        assert high == pytest.approx(predict_kl(profile, plan))
+        assert allowance is not None and allowance < high
+
+    def test_quantizing_that_uses_the_budget_up_leaves_a_little_room(self) -> None:
+        """The control is expected to lose what is aimed at; plans are milder, not none."""
+        profile = fine_profile()
+        plain: Sequence[Trial] = [control(FP32, 0.8, 0.45, 0.012)]
+        allowance, _ = next_allowance(profile, plain, BUDGET, FP32)
+        free, _ = next_allowance(profile, [control(FP32, 0.8)], BUDGET, FP32)
+        assert allowance is not None and free is not None and 0 < allowance < 0.5 * free
