@@ -253,8 +253,6 @@ def test_a_killed_run_continues_and_measures_nothing_twice(project: Path, tmp_pa
 
 
 def test_a_live_module_goes_through_the_same_loop(tmp_path: Path) -> None:
-    from profiling_agent import optimize
-
     net = train()
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     result = optimize(

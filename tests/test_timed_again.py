@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from profiling_agent.evaluation.measure import Protocol
 from profiling_agent.evaluation.predictor import LivePredictor
 from profiling_agent.finish import Finish
 from profiling_agent.machine.torch_state import threads
+from profiling_agent.planning.decide import best_control
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Evaluation, Speedup
 from profiling_agent.records.plan import Plan
@@ -27,6 +29,7 @@ from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.live import SilentProgress
 from profiling_agent.run_state import RunState, read_state
 from profiling_agent.trial import Baseline, TrialRunner, timed_while_busy
+from profiling_agent.workbench import Workbench
 from record_factory import make_control, make_evaluation, make_interval, make_timing, make_trial
 from small_workload import make_data, train
 
@@ -180,3 +183,48 @@ def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
     assert said == []
     assert nominated(Beside(None), tmp_path, budget, said)[0] == "t1"
     assert "could not be timed beside each other" in said[0]
+
+
+def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -> None:
+    """Plans start from them, so their order must not be that of the original's noise."""
+
+    def bench_of(runner: Beside, folder: Path, time_s: float) -> Workbench:
+        split = SimpleNamespace(num_samples=500)
+        controls = [
+            make_control(f"c{n}", "openvino", scheme, evaluation=of(speedup))
+            for n, (scheme, speedup) in enumerate(
+                [("int8-static", 4.5), ("fp32", 1.9), ("int8-static-bf16", 4.9)], start=1
+            )
+        ]
+        settings = RunSettings(budget=Budget(max_drop=0.5, time_s=time_s), deployment=Deployment())
+        made = Workbench(
+            store=RunStore(folder),
+            settings=settings,
+            workload=SimpleNamespace(record=SimpleNamespace(split=lambda _: split)),  # pyright: ignore
+            judge=runner.judge,  # pyright: ignore[reportArgumentType]
+            state=RunState(trials=controls, baseline=make_evaluation()),
+            progress=SilentProgress(),
+            is_live=False,
+            stack=contextlib.ExitStack(),
+        )
+        made.store.create()
+        made.runner = runner  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+    runner = Beside({"c1": 5.2, "c2": 2.0, "c3": 4.8})
+    bench = bench_of(runner, tmp_path / "long", 600.0)
+    for _ in range(2):
+        bench._controls_beside()
+    assert runner.raced == ["c3", "c1", "c2"]  # the fastest first
+    events = list(bench.store.journal.events())
+    assert [kind for kind, _ in events] == ["trial", "trial", "trial", "controls-timed"]
+    first = best_control(bench.state.trials, bench.budget)
+    assert first is not None and first.trial_id == "c1"
+    assert read_state(bench.store).controls_timed
+
+    for failing, time_s in ((Beside(None), 600.0), (Beside({}), 60.0)):
+        other = bench_of(failing, tmp_path / str(time_s) / "run", time_s)
+        before = list(other.state.trials)
+        other._controls_beside()
+        assert other.state.trials == before and not other.state.controls_timed
+        assert bool(other.state.warnings) == (failing.times is None)

@@ -27,7 +27,7 @@ from profiling_agent.planning.decide import (
     ranked_controls,
     within_budget,
 )
-from profiling_agent.records.common import Interval, NotMeasured
+from profiling_agent.records.common import Budget, Interval, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
 from profiling_agent.records.store import RunStore, read_array, write_array
 from profiling_agent.records.trial import Candidate, RunSettings, Trial, Verdict
@@ -41,8 +41,8 @@ RACE_SHARE = 0.1
 OPENING_S = 8.0
 """For starting the processes of a race."""
 LEADERS, LEADERS_SHARE = 5, 0.07
-"""Plans that are timed beside each other before the candidates are named, where that takes at most
-this share of the time budget."""
+"""Artefacts that are timed beside each other, controls before the search and plans before the
+candidates are named, where that takes at most this share of the time budget."""
 NOT_RACED = NotMeasured(
     what="latency, speed-up and memory", reason="only artefacts within the budget are raced"
 )
@@ -71,21 +71,28 @@ def final_seconds(
     race_s = protocol.seconds(original_call_s, racers) + OPENING_S
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
     leaders_s = 0.0
-    if num_artefacts > 1 and _times_leaders(original_call_s, time_budget_s):
-        leaders_s = _leaders_seconds(original_call_s)
+    if num_artefacts > 1 and _is_small_part(original_call_s, time_budget_s):
+        leaders_s = _beside_seconds(original_call_s)
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + leaders_s)
 
 
-def _times_leaders(original_call_s: float, time_budget_s: float) -> bool:
-    return _leaders_seconds(original_call_s) <= LEADERS_SHARE * time_budget_s
+def affords_race_beside(original_call_s: float, budget: Budget) -> bool:
+    """Whether time is the objective, and a race of several artefacts a small part of its budget."""
+    is_time = budget.objective in ("latency", "throughput")
+    return is_time and _is_small_part(original_call_s, budget.time_s)
 
 
-def _leaders_seconds(original_call_s: float) -> float:
+def _is_small_part(original_call_s: float, time_budget_s: float) -> bool:
+    return _beside_seconds(original_call_s) <= LEADERS_SHARE * time_budget_s
+
+
+def _beside_seconds(original_call_s: float) -> float:
     racers = LEADERS + 2  # the original and the best control
-    return _leaders_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
+    return beside_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
 
 
-def _leaders_protocol(original_call_s: float) -> Protocol:
+def beside_protocol(original_call_s: float) -> Protocol:
+    """Of such a race: it is to rank them, not to carry a headline."""
     return Protocol(num_blocks=8, block_s=0.1).suited_to(original_call_s)
 
 
@@ -188,15 +195,14 @@ class Finish:
         trials = self.state.trials
         control = best_control(trials, self.budget)
         leaders = contenders(trials, self.budget, num_test)[:LEADERS]
-        is_time = self.budget.objective in ("latency", "throughput")
-        if len(leaders) < 2 or not is_time or not _times_leaders(self.call_s, self.budget.time_s):
+        if len(leaders) < 2 or not affords_race_beside(self.call_s, self.budget):
             return trials
         racers = leaders if control is None else [control, *leaders]
         self.progress.stage("timing", f"the {len(leaders)} fastest plans beside each other")
         try:
             with quiet(self.progress):
                 timed = self.runner.time_together(
-                    racers, self.store.trial, _leaders_protocol(self.call_s)
+                    racers, self.store.trial, beside_protocol(self.call_s)
                 )
         except TrialError as error:
             self.warn(f"The fastest plans could not be timed beside each other: {error}")

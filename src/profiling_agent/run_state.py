@@ -39,6 +39,8 @@ class RunState:
     machine: Machine | None = None
     baseline: Evaluation | None = None
     profile_path: str | None = None
+    controls_timed: bool = False
+    """Whether the controls have their times from one race."""
     trials: list[Trial] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
@@ -127,6 +129,7 @@ def read_state(store: RunStore) -> RunState:
         "begin": begin,
         "baseline": lambda d: setattr(state, "baseline", Evaluation.model_validate(d)),
         "profile": lambda d: setattr(state, "profile_path", d["path"]),
+        "controls-timed": lambda _: setattr(state, "controls_timed", True),
         "candidates": lambda d: setattr(
             state, "candidates", [Candidate.model_validate(item) for item in d]
         ),

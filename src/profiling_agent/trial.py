@@ -158,12 +158,13 @@ class TrialRunner:
         before = _original_ms(trial)
         if before is not None and times.timing("baseline").median_ms >= before:
             return trial
-        return self._retimed(trial, times).model_copy(update={"reason": reason})
+        return self._retimed(trial, times, reason)
 
     def time_together(
         self, trials: Sequence[Trial], folder: Callable[[str], Path], protocol: Protocol
     ) -> list[Trial]:
-        """Done trials with times from one race of all of them and the original.
+        """Done trials with times from one race of all of them and the original, run again if the
+        machine was busy.
 
         ``TrialError`` when that can't be run.
         """
@@ -173,14 +174,19 @@ class TrialRunner:
             for trial in trials:
                 opened = self.open(folder(trial.trial_id), trial.plan.runtime)
                 racers[trial.trial_id] = stack.enter_context(contextlib.closing(opened))
-            times = race(racers, self._data / "calibration", protocol)
+            times, _ = undisturbed(
+                lambda: race(racers, self._data / "calibration", protocol),
+                "baseline",
+                self._usual_ms,
+            )
         return [self._retimed(trial, times) for trial in trials]
 
-    def _retimed(self, trial: Trial, times: Race) -> Trial:
+    def _retimed(self, trial: Trial, times: Race, reason: str = "") -> Trial:
+        """With the race's times, and why those may be doubted."""
         assert trial.evaluation is not None
         measured = _measured(times, trial.trial_id, self.deployment)
         evaluation = trial.evaluation.model_copy(update=measured)
-        return trial.model_copy(update={"evaluation": evaluation})
+        return trial.model_copy(update={"evaluation": evaluation, "reason": reason})
 
     def _raced(
         self, name: str, predictor: Predictor, protocol: Protocol, deadline: float | None

@@ -20,7 +20,13 @@ from profiling_agent.errors import ModelError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
-from profiling_agent.finish import final_seconds, forward_of_original
+from profiling_agent.finish import (
+    LEADERS,
+    affords_race_beside,
+    beside_protocol,
+    final_seconds,
+    forward_of_original,
+)
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
@@ -114,6 +120,7 @@ class Workbench:
             memory_limit=self.memory_limit,
         )
         self._controls()
+        self._controls_beside()
         self.time_again()
         return self._profile()
 
@@ -264,6 +271,31 @@ class Workbench:
                 continue
             trial_id = f"c{len(self.state.trials) + 1}"
             self.try_plan(trial_id, plan, "control", is_control=True)
+
+    def _controls_beside(self) -> None:
+        """Time the fastest controls in one race: plans start from them, and in races of their own
+        each has the original's noise."""
+        state, call_s = self.state, self.call_s()
+        if state.controls_timed or state.profile_path or state.candidates is not None:
+            return
+        timed = [t for t in state.trials if t.is_control and relative_latency(t) is not None]
+        fastest = sorted(timed, key=lambda trial: relative_latency(trial) or 0.0)[:LEADERS]
+        enough = self.left > self.reserve() and affords_race_beside(call_s, self.budget)
+        if len(fastest) < 2 or not enough:
+            return
+        self.progress.stage("timing", f"the {len(fastest)} fastest controls beside each other")
+        try:
+            with quiet(self.progress):
+                again = self.runner.time_together(
+                    fastest, self.store.trial, beside_protocol(call_s)
+                )
+        except TrialError as error:
+            self.warn(f"The controls could not be timed beside each other: {error}")
+            return
+        for trial in again:
+            self._keep(trial)
+        state.controls_timed = True
+        self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
 
     def call_s(self) -> float:
         """Seconds a call of the original."""

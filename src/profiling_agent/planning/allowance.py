@@ -42,6 +42,8 @@ SEARCH_ENDED = 1.15
 """The bracket around the allowance is closed when its ends are this close."""
 AIM = 0.8
 """Of the budget, for plans placed by what was measured: the test split may say a little more."""
+HELD, STEP = 0.9, 1.25
+"""What held so near to what is aimed at leads the search on, by that factor."""
 LEAST_ROOM = 0.1
 """Of the divergence at 0.8 of the budget, for pruning where quantizing alone has used it up."""
 MOST_BEYOND = 10.0
@@ -53,9 +55,10 @@ def next_allowance(
 ) -> tuple[float | None, float | None]:
     """The divergence to try next, or ``None`` when the bracket is closed; and what is too much."""
     low, high = allowance_bracket(profile, history, budget, pair)
-    fitted = _fitted_allowance(profile, history, budget, pair)
-    if fitted is not None:
-        return _bounded(fitted, low, high, first=_first(points(budget, history))), high
+    aimed, most = (_fitted_allowance(profile, history, budget, pair, a) for a in (AIM, 1.0))
+    if aimed is not None and most is not None:
+        first = _first(points(budget, history))
+        return _bounded(aimed, most, low, high, first=first), high
     shrink = _shrink(profile, history, budget, pair, high)
     allowance = _next_allowance(low, high, points(budget, history), shrink)
     if allowance is not None and low is not None and high is not None:
@@ -74,19 +77,20 @@ def is_fitted(history: Sequence[Trial], budget: Budget, pair: Pair) -> bool:
 
 
 def _fitted_allowance(
-    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair, aim: float
 ) -> float | None:
-    """The predicted divergence at which a plan is expected to lose 0.8 of the budget, going by how
-    far whole trials diverged; ``None`` when no trial or no control of the pair recorded that."""
+    """The predicted divergence at which a plan is expected to lose ``aim`` of the budget, going by
+    how far whole trials diverged; ``None`` when no trial or no control of the pair recorded that.
+    """
     slope, control = fitted_slope(history, budget), controls(history).get(pair)
     apart = divergence(control) if control else None
     if slope is None or control is None or apart is None:
         return None
-    wanted = AIM * budget.max_drop / slope.value
+    wanted = aim * budget.max_drop / slope.value
     predicted = predict_kl(profile, control.plan)
     if needs_rescue(pair, history, budget):
         return predicted * min(1.0, wanted / max(apart, 1e-12))
-    room = wanted - apart if wanted > apart else LEAST_ROOM * wanted
+    room = max(wanted - apart, LEAST_ROOM * wanted)
     return predicted + room / _beyond_sums(profile, history, pair)
 
 
@@ -111,11 +115,19 @@ def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
     return min(MOST_BEYOND, max(1 / MOST_BEYOND, sum(total for total, _ in chosen) / count))
 
 
-def _bounded(fitted: float, low: float | None, high: float | None, *, first: float) -> float:
-    """Below what was too much; without such, not far beyond the first guess and what held."""
+def _bounded(
+    aimed: float, most: float, low: float | None, high: float | None, *, first: float
+) -> float:
+    """What is aimed at; when that holds a step further, to where all of the budget is used up.
+
+    Below what was too much; without such, not far beyond the first guess and what held.
+    """
+    held = low or 0.0
+    if held >= HELD * aimed:
+        aimed = max(held, min(STEP * held, most))
     if high is None:
-        return min(fitted, max(2 * first, 4 * (low or 0.0)))
-    return max(min(fitted, high / SEARCH_ENDED), high / 8 if low is None else 0.0)
+        return min(aimed, max(2 * first, 4 * held))
+    return max(min(aimed, high / SEARCH_ENDED), high / 8 if low is None else 0.0)
 
 
 def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
