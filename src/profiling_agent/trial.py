@@ -278,7 +278,7 @@ def _measured(times: Race, name: str, deployment: Deployment) -> dict[str, Any]:
 
 
 def timed_while_busy(trials: Sequence[Trial]) -> list[Trial]:
-    """Done trials in whose race the original took half as long again as in the quietest one.
+    """Done trials in whose race the original took clearly longer than in the quietest one.
 
     Which race was quiet is only known when several were run: the first may have been disturbed.
     """

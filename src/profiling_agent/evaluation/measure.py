@@ -40,7 +40,7 @@ class Protocol:
 
 
 MIN_BLOCKS = 5
-DISTURBED = 1.5
+DISTURBED = 1.3
 """The original's time over its usual one above which a race is not believed at once."""
 TRIAL = Protocol()
 FINAL = Protocol(num_blocks=24, block_s=0.2)
@@ -95,7 +95,7 @@ def undisturbed(
 ) -> tuple[Race, float]:
     """A race, and how much slower than usual its racer ``name`` was: 1 is as ever.
 
-    When that is more than half as slow again something else was running, which no interval tells
+    When that is more than ``DISTURBED`` something else was running, which no interval tells
     if it ran all the while; then it is run once more, and the race in which the racer was faster
     counts. ``usual_ms`` None: not known.
     """
