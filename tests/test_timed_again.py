@@ -145,9 +145,17 @@ class Beside:
         ]
 
 
-def nominated(runner: Beside, folder: Path, budget: Budget, said: list[str]) -> list[str]:
+def nominated(
+    runner: Beside,
+    folder: Path,
+    budget: Budget,
+    said: list[str],
+    more: Sequence[Trial] = (),
+) -> list[str]:
+    folder.mkdir(exist_ok=True)
     trials = [make_control("c1", "openvino", "int8-static", evaluation=of(4.0))]
     trials += [raced(f"t{n}", 1.0, gain) for n, gain in ((1, 7.5), (2, 5.0), (3, 6.0), (4, 7.0))]
+    trials += more
     split = SimpleNamespace(num_samples=5000)
     finish = Finish(
         store=RunStore(folder),
@@ -176,6 +184,11 @@ def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
     assert lucky.raced == ["c1", "t1", "t4", "t3", "t2"]  # the fastest first
     slower = Beside({"c1": 6.5, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
     assert nominated(slower, tmp_path, budget, said) == ["t4"]  # the others don't beat the control
+    busy = Beside({"c1": 2.0, "t1": 3.6, "t2": 2.4, "t3": 3.0, "t4": 3.5, "t5": 2.3})
+    named = nominated(
+        busy, tmp_path / "busy", budget, said, more=[raced("t5", 1.0, 4.95), raced("t6", 1.0, 4.9)]
+    )
+    assert "t6" not in busy.raced and named == ["t1", "t4", "t3"]  # though 4.9 is more than 3.6
     for other in (Budget(max_drop=0.5, time_s=60.0), Budget(max_drop=0.5, objective="size")):
         unasked = Beside({})
         assert nominated(unasked, tmp_path, other, said)[:1] in (["t1"], [])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,8 @@ class Finish:
         return self.state.candidates
 
     def _timed_together(self, num_test: int) -> list[Trial]:
-        """The trials, the fastest plans and the best control with times from one race.
+        """The trials, the fastest plans and the best control with times from one race, the others
+        with their own by the same measure.
 
         In its own race each had the original's noise, and the first of many is partly the luckiest.
         """
@@ -207,8 +209,7 @@ class Finish:
         except TrialError as error:
             self.warn(f"The fastest plans could not be timed beside each other: {error}")
             return trials
-        new = {trial.trial_id: trial for trial in timed}
-        return [new.get(trial.trial_id, trial) for trial in trials]
+        return _by_one_measure(trials, timed)
 
     def _trial(self, trial_id: str) -> Trial:
         return next(trial for trial in self.state.trials if trial.trial_id == trial_id)
@@ -375,6 +376,38 @@ def _final_of(trial: Trial, facts: dict[str, Any]) -> Final:
         over_control=Interval.model_validate(over) if over else None,
         samples_to_prove=facts["samples_to_prove"],
     )
+
+
+def _by_one_measure(trials: Sequence[Trial], timed: Sequence[Trial]) -> list[Trial]:
+    """All trials, those that were timed beside each other in place of the same before, and the
+    others' speed-ups multiplied by what that race gave those: else one that was left out for being
+    slower would lead whenever the race was slower for all."""
+    new = {trial.trial_id: trial for trial in timed}
+    ratios = [
+        after / before
+        for trial in trials
+        if trial.trial_id in new
+        and (after := _times_faster(new[trial.trial_id])) is not None
+        and (before := _times_faster(trial)) is not None
+    ]
+    factor = median(ratios) if ratios else 1.0
+    return [new.get(trial.trial_id) or _scaled(trial, factor) for trial in trials]
+
+
+def _times_faster(trial: Trial) -> float | None:
+    speedup = trial.evaluation.speedup if trial.evaluation else None
+    return speedup.ratio.estimate if speedup else None
+
+
+def _scaled(trial: Trial, factor: float) -> Trial:
+    evaluation = trial.evaluation
+    if evaluation is None or evaluation.speedup is None:
+        return trial
+    ratio = evaluation.speedup.ratio
+    parts = {name: factor * getattr(ratio, name) for name in ("estimate", "low", "high")}
+    speedup = evaluation.speedup.model_copy(update={"ratio": ratio.model_copy(update=parts)})
+    scaled = evaluation.model_copy(update={"speedup": speedup})
+    return trial.model_copy(update={"evaluation": scaled})
 
 
 def copy_artefact(source: Path, target: Path) -> None:
