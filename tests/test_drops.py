@@ -145,6 +145,24 @@ class TestExpectedDrop:
         slope = fitted_slope([plain.model_copy(update={"evaluation": evaluation})], budget)
         assert slope is not None and slope.value == pytest.approx(0.004 / 0.5 / KL_PER_POINT)
 
+    def test_where_every_changed_answer_is_a_loss_the_drop_is_known_as_it_is(self) -> None:
+        """Agreement with the original: 2 % change at 0.004 nats, 4 % at four times that."""
+        trials = []
+        for number, (share, apart) in enumerate([(0.02, 0.004), (0.04, 0.016), (0.005, 0.03)]):
+            trial = judged(f"t{number}", pruning(0.5), 0.5, 100 * share, apart)
+            assert trial.evaluation is not None
+            (accuracy,) = trial.evaluation.accuracy
+            agreed = accuracy.model_copy(
+                update={"value": 100.0 * (1 - share), "agreement": 1 - share}
+            )
+            evaluation = trial.evaluation.model_copy(update={"accuracy": (agreed,)})
+            trials.append(trial.model_copy(update={"evaluation": evaluation}))
+        assert expected_drops(trials, BUDGET) == {"t0": 2.0, "t1": 4.0, "t2": 0.5}
+        slope = fitted_slope(trials[:2], BUDGET)
+        assert slope is not None
+        assert slope.value == pytest.approx(2.0 / 0.004**0.5, rel=0.1)
+        assert slope.divergence_at(1.0) == pytest.approx(0.001, rel=0.2)
+
 
 class TestWhatIsNominated:
     def history(self) -> list[Trial]:

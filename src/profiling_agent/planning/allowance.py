@@ -86,7 +86,7 @@ def _fitted_allowance(
     apart = divergence(control) if control else None
     if slope is None or control is None or apart is None:
         return None
-    wanted = aim * budget.max_drop / slope.value
+    wanted = slope.divergence_at(aim * budget.max_drop)
     predicted = predict_kl(profile, control.plan)
     if needs_rescue(pair, history, budget):
         return predicted * min(1.0, wanted / max(apart, 1e-12))

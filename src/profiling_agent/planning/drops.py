@@ -5,6 +5,9 @@ half a budget. The divergence is told by every sample, and over the plans of one
 proportional to it (``docs/log.md`` has the measurement). So a line through nothing is fitted to the
 trials, and the expected drop is the mean of the trial's own and the line's, each weighted by how
 well it is known: a normal-normal shrinkage. The slope starts from a prior that the trials replace.
+
+Where every changed answer is a loss, as of agreement with the original, nothing cancels: the drop
+is known as it is, and grows with the root of the divergence, which is a square.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from profiling_agent.records.trial import Trial
 
 KL_PER_POINT = 0.02
 """First guess of the divergence (nats) that costs one point of accuracy; trials correct it."""
+CHANGED = 25.0
+"""First guess of the percentage of answers that change, over the root of the divergence (nats)."""
 MAX_POINTS = 5.0
 """Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
 MISFIT = 0.3
@@ -29,10 +34,16 @@ SHARED = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Slope:
-    """Drop over divergence, in the metric's unit per nat, and the standard deviation of that."""
+    """Drop over divergence, in the metric's unit per nat, and the standard deviation of that; over
+    its root where every changed answer ``is_loss``."""
 
     value: float
     deviation: float
+    is_loss: bool = False
+
+    def divergence_at(self, drop: float) -> float:
+        """Nats at which so much is lost on the line."""
+        return (drop / self.value) ** (2.0 if self.is_loss else 1.0)
 
 
 def points(budget: Budget, history: Sequence[Trial]) -> float:
@@ -57,9 +68,11 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
     in_points = points(budget, history)
     if in_points <= 0.0:
         return None
-    prior = budget.max_drop / in_points / KL_PER_POINT
+    is_loss = any(_every_change_is_loss(trial) for trial in history)
+    power = 0.5 if is_loss else 1.0
+    prior = budget.max_drop / in_points * (CHANGED if is_loss else 1.0 / KL_PER_POINT)
     known = [
-        (apart, accuracy.drop.estimate, _deviation(accuracy))
+        (max(0.0, apart) ** power, accuracy.drop.estimate, _deviation(accuracy))
         for trial in history
         if trial.status == "done"
         and (accuracy := _on_search(trial)) is not None
@@ -68,7 +81,7 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
     ]
     if not known:
         return None
-    slope = Slope(value=prior, deviation=prior)
+    slope = Slope(value=prior, deviation=prior, is_loss=is_loss)
     for _ in range(2):  # the misfit of a point follows from the slope
         precision, weighted = prior**-2, prior**-1
         for apart, drop, deviation in known:
@@ -76,7 +89,8 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
             precision += weight * apart**2
             weighted += weight * apart * drop
         value = max(weighted / precision, 0.1 * prior)
-        slope = Slope(value=value, deviation=(1.0 / precision + (SHARED * value) ** 2) ** 0.5)
+        deviation = (1.0 / precision + (SHARED * value) ** 2) ** 0.5
+        slope = Slope(value=value, deviation=deviation, is_loss=is_loss)
     return slope
 
 
@@ -87,7 +101,7 @@ def expected_drop(trial: Trial, slope: Slope | None) -> float | None:
     if accuracy is None or accuracy.drop is None:
         return None
     own, apart = accuracy.drop.estimate, accuracy.divergence
-    if slope is None or apart is None:
+    if slope is None or apart is None or slope.is_loss:
         return own
     line = slope.value * apart
     unsure = (MISFIT * line) ** 2 + (slope.deviation * apart) ** 2
@@ -102,6 +116,14 @@ def expected_drops(history: Sequence[Trial], budget: Budget) -> Mapping[str, flo
     slope = fitted_slope(history, budget)
     found = {trial.trial_id: expected_drop(trial, slope) for trial in history}
     return {name: drop for name, drop in found.items() if drop is not None}
+
+
+def _every_change_is_loss(trial: Trial) -> bool:
+    """Whether what is right is what the original answers: then the metric is the agreement."""
+    accuracy = _on_search(trial)
+    if accuracy is None or accuracy.agreement is None or accuracy.agreement == 1.0:
+        return False
+    return abs(accuracy.value - 100.0 * accuracy.agreement) < 1e-9
 
 
 def _on_search(trial: Trial) -> Accuracy | None:
