@@ -21,6 +21,7 @@ from profiling_agent.evaluation.predictor import LivePredictor
 from profiling_agent.finish import Finish
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.planning.decide import best_control
+from profiling_agent.planning.history import feasible
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Evaluation, Speedup
 from profiling_agent.records.plan import Plan
@@ -185,9 +186,8 @@ def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
     slower = Beside({"c1": 6.5, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
     assert nominated(slower, tmp_path, budget, said) == ["t4"]  # the others don't beat the control
     busy = Beside({"c1": 2.0, "t1": 3.6, "t2": 2.4, "t3": 3.0, "t4": 3.5, "t5": 2.3})
-    named = nominated(
-        busy, tmp_path / "busy", budget, said, more=[raced("t5", 1.0, 4.95), raced("t6", 1.0, 4.9)]
-    )
+    five, slow = Budget(max_drop=0.5, time_s=228.0), [raced("t5", 1.0, 4.95), raced("t6", 1.0, 4.9)]
+    named = nominated(busy, tmp_path / "busy", five, said, more=slow)
     assert "t6" not in busy.raced and named == ["t1", "t4", "t3"]  # though 4.9 is more than 3.6
     for other in (Budget(max_drop=0.5, time_s=60.0), Budget(max_drop=0.5, objective="size")):
         unasked = Beside({})
@@ -241,3 +241,13 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
         other._controls_beside()
         assert other.state.trials == before and not other.state.controls_timed
         assert bool(other.state.warnings) == (failing.times is None)
+
+    plans = Beside({"c1": 4.0, "t1": 5.2, "t2": 6.1})
+    bench = bench_of(plans, tmp_path / "plans", 600.0)
+    bench.state.trials = [bench.state.trials[0], raced("t1", 1.0, 7.0), raced("t2", 1.0, 6.0)]
+    assert bench.plans_beside() and plans.raced == ["c1", "t1", "t2"]
+    assert [t.trial_id for t in feasible(bench.state.trials, bench.budget)] == ["t2", "t1", "c1"]
+    assert not bench.plans_beside(), "the same plans were timed"
+    bench.state.trials.append(raced("t3", 1.0, 6.5))
+    plans.times = {"c1": 4.0, "t1": 5.2, "t2": 6.1, "t3": 6.4}
+    assert bench.plans_beside() and set(plans.raced) == {"c1", "t1", "t2", "t3"}

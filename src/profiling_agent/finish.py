@@ -41,7 +41,7 @@ RACE_SHARE = 0.1
 """Of the time budget, at most, for the race that the headline is taken from."""
 OPENING_S = 8.0
 """For starting the processes of a race."""
-LEADERS, LEADERS_SHARE = 5, 0.07
+FEWEST_LEADERS, MOST_LEADERS, LEADERS_SHARE = 3, 8, 0.07
 """Artefacts that are timed beside each other, controls before the search and plans before the
 candidates are named, where that takes at most this share of the time budget."""
 NOT_RACED = NotMeasured(
@@ -72,23 +72,26 @@ def final_seconds(
     race_s = protocol.seconds(original_call_s, racers) + OPENING_S
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
     leaders_s = 0.0
-    if num_artefacts > 1 and _is_small_part(original_call_s, time_budget_s):
-        leaders_s = _beside_seconds(original_call_s)
+    if num_artefacts > 1 and (most := _num_beside(original_call_s, time_budget_s)):
+        leaders_s = _beside_seconds(original_call_s, most)
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + leaders_s)
 
 
-def affords_race_beside(original_call_s: float, budget: Budget) -> bool:
-    """Whether time is the objective, and a race of several artefacts a small part of its budget."""
+def num_beside(original_call_s: float, budget: Budget) -> int:
+    """How many artefacts are timed beside each other, 0 where time is not the objective or the
+    race would be too large a part of its budget."""
     is_time = budget.objective in ("latency", "throughput")
-    return is_time and _is_small_part(original_call_s, budget.time_s)
+    return _num_beside(original_call_s, budget.time_s) if is_time else 0
 
 
-def _is_small_part(original_call_s: float, time_budget_s: float) -> bool:
-    return _beside_seconds(original_call_s) <= LEADERS_SHARE * time_budget_s
+def _num_beside(original_call_s: float, time_budget_s: float) -> int:
+    numbers = range(MOST_LEADERS, FEWEST_LEADERS - 1, -1)
+    limit = LEADERS_SHARE * time_budget_s
+    return next((n for n in numbers if _beside_seconds(original_call_s, n) <= limit), 0)
 
 
-def _beside_seconds(original_call_s: float) -> float:
-    racers = LEADERS + 2  # the original and the best control
+def _beside_seconds(original_call_s: float, num_leaders: int) -> float:
+    racers = num_leaders + 2  # the original and the best control
     return beside_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
 
 
@@ -196,8 +199,9 @@ class Finish:
         """
         trials = self.state.trials
         control = best_control(trials, self.budget)
-        leaders = contenders(trials, self.budget, num_test)[:LEADERS]
-        if len(leaders) < 2 or not affords_race_beside(self.call_s, self.budget):
+        most = num_beside(self.call_s, self.budget)
+        leaders = contenders(trials, self.budget, num_test)[:most]
+        if len(leaders) < 2:
             return trials
         racers = leaders if control is None else [control, *leaders]
         self.progress.stage("timing", f"the {len(leaders)} fastest plans beside each other")

@@ -36,7 +36,7 @@ from profiling_agent.run_state import (
 )
 from profiling_agent.workbench import Workbench
 
-PATIENCE = 5
+PATIENCE = 8
 """Trials without a better feasible plan after which the search stops."""
 LLM_SHARE = 0.25
 """Of the time budget, for waiting for a language model's answers."""
@@ -166,7 +166,11 @@ class _Search:
             bench.time_again()
             proposals.look_back(trial)
             no_better = f"no better plan in {PATIENCE} trials"
-            if self._stalled(proposals.since or 0) and not proposals.hand_over(no_better):
+            if not self._stalled(proposals.since or 0):
+                continue
+            if bench.plans_beside() and not self._stalled(proposals.since or 0):
+                continue  # the best had been a lucky race
+            if not proposals.hand_over(no_better):
                 bench.progress.message(no_better)
                 break
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -21,16 +22,15 @@ from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.finish import (
-    LEADERS,
-    affords_race_beside,
     beside_protocol,
     final_seconds,
     forward_of_original,
+    num_beside,
 )
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
-from profiling_agent.planning.decide import best_control
+from profiling_agent.planning.decide import best_control, contenders
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
@@ -91,6 +91,7 @@ class Workbench:
         self.time_s = settings.budget.time_s
         """When the search is to end, on the journal's clock."""
         self._timed_again: set[str] = set()
+        self._timed_beside: set[frozenset[str]] = set()
         self.memory_limit = int(0.85 * self.machine.memory_bytes)
 
     @property
@@ -275,27 +276,48 @@ class Workbench:
     def _controls_beside(self) -> None:
         """Time the fastest controls in one race: plans start from them, and in races of their own
         each has the original's noise."""
-        state, call_s = self.state, self.call_s()
+        state = self.state
         if state.controls_timed or state.profile_path or state.candidates is not None:
             return
         timed = [t for t in state.trials if t.is_control and relative_latency(t) is not None]
-        fastest = sorted(timed, key=lambda trial: relative_latency(trial) or 0.0)[:LEADERS]
-        enough = self.left > self.reserve() and affords_race_beside(call_s, self.budget)
-        if len(fastest) < 2 or not enough:
+        most = num_beside(self.call_s(), self.budget)
+        fastest = sorted(timed, key=lambda trial: relative_latency(trial) or 0.0)[:most]
+        if len(fastest) < 2 or self.left < self.reserve():
             return
-        self.progress.stage("timing", f"the {len(fastest)} fastest controls beside each other")
+        again = self._beside(fastest, f"the {len(fastest)} fastest controls")
+        if again:
+            state.controls_timed = True
+            self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
+
+    def plans_beside(self) -> bool:
+        """Time the fastest plans and the best control in one race, as before candidates are named:
+        in a race of its own the best of many is partly the luckiest. Whether that was done; not for
+        plans that it was done for."""
+        num_test = self.workload.record.split("test").num_samples
+        most = num_beside(self.call_s(), self.budget)
+        leaders = contenders(self.state.trials, self.budget, num_test)[:most]
+        names = frozenset(trial.trial_id for trial in leaders)
+        if len(leaders) < 2 or names in self._timed_beside or self.left < self.reserve():
+            return False
+        self._timed_beside.add(names)
+        control = best_control(self.state.trials, self.budget)
+        racers = leaders if control is None else [control, *leaders]
+        return bool(self._beside(racers, f"the {len(leaders)} fastest plans"))
+
+    def _beside(self, trials: Sequence[Trial], what: str) -> list[Trial]:
+        """The trials with times from one race, journalled; none, with a warning, if it fails."""
+        self.progress.stage("timing", f"{what} beside each other")
         try:
             with quiet(self.progress):
                 again = self.runner.time_together(
-                    fastest, self.store.trial, beside_protocol(call_s)
+                    trials, self.store.trial, beside_protocol(self.call_s())
                 )
         except TrialError as error:
-            self.warn(f"The controls could not be timed beside each other: {error}")
-            return
+            self.warn(f"{what[0].upper()}{what[1:]} could not be timed beside each other: {error}")
+            return []
         for trial in again:
             self._keep(trial)
-        state.controls_timed = True
-        self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
+        return again
 
     def call_s(self) -> float:
         """Seconds a call of the original."""

@@ -321,11 +321,17 @@ def _together(profile: Profile, removed: Mapping[str, float]) -> float:
     return together / alone if alone > 0 else 1.0
 
 
+UNTIMED = 0.6
+"""Of what eager mode saves by a narrower layer, what a runtime is taken to save, until a trial."""
+
+
 def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
-    """Measured over predicted saving of this pair's pruned trials, between 0.2 and 1.5; 1 if none.
+    """Measured over predicted saving of this pair's pruned trials, between 0.2 and 1.5.
 
     This is how the trials correct the latency estimate. What layers kept float cost is not held
-    against the pruning.
+    against the pruning. Without a trial it is 1, but ``UNTIMED`` where other pairs' widths were
+    timed and this one's were not: eager mode gains more by pruning than a runtime does, and what is
+    known too well by guess would be tried before what is known.
     """
     control = controls(history).get(pair)
     base = relative_latency(control) if control else None
@@ -340,5 +346,6 @@ def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
             predicted += share * share
             measured += share * (1.0 + (float_cost(trial.plan, gains) - time) / base)
     if predicted == 0.0:
-        return 1.0
+        timed = {(table.runtime, table.scheme) for table in profile.deployed_widths}
+        return UNTIMED if timed and (pair.runtime, pair.scheme) not in timed else 1.0
     return min(1.5, max(0.2, measured / predicted))
