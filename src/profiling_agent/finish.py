@@ -73,7 +73,7 @@ def final_seconds(
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
     leaders_s = 0.0
     if num_artefacts > 1 and (most := _num_beside(original_call_s, time_budget_s)):
-        leaders_s = _beside_seconds(original_call_s, most)
+        leaders_s = beside_seconds(original_call_s, most)
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + leaders_s)
 
 
@@ -87,10 +87,11 @@ def num_beside(original_call_s: float, budget: Budget) -> int:
 def _num_beside(original_call_s: float, time_budget_s: float) -> int:
     numbers = range(MOST_LEADERS, FEWEST_LEADERS - 1, -1)
     limit = LEADERS_SHARE * time_budget_s
-    return next((n for n in numbers if _beside_seconds(original_call_s, n) <= limit), 0)
+    return next((n for n in numbers if beside_seconds(original_call_s, n) <= limit), 0)
 
 
-def _beside_seconds(original_call_s: float, num_leaders: int) -> float:
+def beside_seconds(original_call_s: float, num_leaders: int) -> float:
+    """What such a race is expected to take."""
     racers = num_leaders + 2  # the original and the best control
     return beside_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
 

@@ -24,7 +24,7 @@ from profiling_agent.proposing import Proposals
 from profiling_agent.records.llm import LlmSettings
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
-from profiling_agent.records.trial import RunRecord, RunSettings
+from profiling_agent.records.trial import RunRecord, RunSettings, Trial
 from profiling_agent.records.workload import WorkloadRecord
 from profiling_agent.report.live import Progress, SilentProgress
 from profiling_agent.run_state import (
@@ -168,7 +168,7 @@ class _Search:
             no_better = f"no better plan in {PATIENCE} trials"
             if not self._stalled(proposals.since or 0):
                 continue
-            if bench.plans_beside() and not self._stalled(proposals.since or 0):
+            if bench.plans_beside() in self._lately(proposals.since or 0):
                 continue  # the best had been a lucky race
             if not proposals.hand_over(no_better):
                 bench.progress.message(no_better)
@@ -186,8 +186,13 @@ class _Search:
 
     def _stalled(self, since: int) -> bool:
         """Whether patience has run out, counted from the trial after so many."""
-        ours = [trial for trial in self.state.trials if not trial.is_control][since:]
-        if len(ours) <= PATIENCE:
+        if len(self._ours(since)) <= PATIENCE:
             return False
         best = feasible(self.state.trials, self.bench.budget)
-        return bool(best) and best[0].trial_id not in {t.trial_id for t in ours[-PATIENCE:]}
+        return not best or best[0].trial_id not in self._lately(since)
+
+    def _lately(self, since: int) -> set[str]:
+        return {trial.trial_id for trial in self._ours(since)[-PATIENCE:]}
+
+    def _ours(self, since: int) -> list[Trial]:
+        return [trial for trial in self.state.trials if not trial.is_control][since:]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from profiling_agent.planning.check import check_plan
-from profiling_agent.planning.history import feasible, is_feasible, search_drop
+from profiling_agent.planning.history import feasible, search_drop
 from profiling_agent.planning.planner import Advised, Planner, Proposal
 from profiling_agent.records.llm import Guard
 from profiling_agent.records.plan import Plan
@@ -155,9 +155,9 @@ class Proposals:
         """Say from where the search goes on after a model's plan that lost too much."""
         if self._reserve is None or trial.author == "solver":
             return
-        if trial.status == "failed" or is_feasible(trial, self.settings.budget):
-            return
         best = feasible(self.state.trials, self.settings.budget)
+        if trial.status == "failed" or trial.trial_id in {good.trial_id for good in best}:
+            return
         drop = search_drop(trial)
         lost = (
             trial.reason

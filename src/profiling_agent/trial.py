@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from profiling_agent.acquisition.metrics import wants_classes
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.building import BUILD_TIMEOUT_S, Builder
 from profiling_agent.compression.divergence import mean_divergence
@@ -174,14 +175,14 @@ class TrialRunner:
             for trial in trials:
                 opened = self.open(folder(trial.trial_id), trial.plan.runtime)
                 racers[trial.trial_id] = stack.enter_context(contextlib.closing(opened))
-            times, _ = undisturbed(
+            times, slower = undisturbed(
                 lambda: race(racers, self._data / "calibration", protocol),
                 "baseline",
                 self._usual_ms,
             )
-        return [self._retimed(trial, times) for trial in trials]
+        return [self._retimed(trial, times, _busy(slower)) for trial in trials]
 
-    def _retimed(self, trial: Trial, times: Race, reason: str = "") -> Trial:
+    def _retimed(self, trial: Trial, times: Race, reason: str) -> Trial:
         """With the race's times, and why those may be doubted."""
         assert trial.evaluation is not None
         measured = _measured(times, trial.trial_id, self.deployment)
@@ -200,8 +201,7 @@ class TrialRunner:
         )
         original_ms = times.timing("baseline").median_ms
         self._usual_ms = min(self._usual_ms or original_ms, original_ms)
-        busy = f"the machine was busy: the original took {slower:.1f} times as long as usual"
-        return times, busy if slower > DISTURBED else ""
+        return times, _busy(slower)
 
     def _screen_outputs(self, predictor: Predictor) -> np.ndarray:
         """Outputs on the first search samples, whole batches, so that the rest can follow."""
@@ -230,7 +230,8 @@ class TrialRunner:
         """From the original's outputs, where those were kept."""
         if self.baseline.outputs is None:
             return None
-        has_classes = self.workload.record.task.num_classes is not None
+        task = self.workload.record.task
+        has_classes = wants_classes(task.metric) and (task.num_classes or 0) > 1
         return mean_divergence(self.baseline.outputs, outputs, has_classes=has_classes)
 
 
@@ -275,6 +276,13 @@ def _measured(times: Race, name: str, deployment: Deployment) -> dict[str, Any]:
         "speedup": Speedup(over="baseline", ratio=times.speedup(name, "baseline")),
         "throughput_per_s": 1e3 * deployment.batch_size / timing.median_ms,
     }
+
+
+def _busy(slower: float) -> str:
+    """Why a race's times may be doubted; empty where they may not."""
+    if slower <= DISTURBED:
+        return ""
+    return f"the machine was busy: the original took {slower:.1f} times as long as usual"
 
 
 def timed_while_busy(trials: Sequence[Trial]) -> list[Trial]:

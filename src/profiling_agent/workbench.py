@@ -23,6 +23,7 @@ from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
 from profiling_agent.finish import (
     beside_protocol,
+    beside_seconds,
     final_seconds,
     forward_of_original,
     num_beside,
@@ -33,7 +34,12 @@ from profiling_agent.off_the_shelf import control_plans
 from profiling_agent.planning.decide import best_control, contenders
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
-from profiling_agent.planning.history import feasible, pareto, relative_latency, search_drop
+from profiling_agent.planning.history import (
+    is_clearly_over,
+    pareto,
+    relative_latency,
+    search_drop,
+)
 from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
 from profiling_agent.profiling.width_cache import WidthCache, default_folder
 from profiling_agent.records.common import NotMeasured
@@ -55,7 +61,7 @@ CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
 SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.012, 1000, 2.5
 """A trial's accuracy takes about this share of the time budget, if it runs so many times faster
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
-MAX_OUTPUT_BYTES = 2**28
+MAX_OUTPUT_BYTES = 2**26
 """Of the original's outputs on the search samples: trials are compared with them if they are few
 enough to be held beside a trial's own."""
 DEPLOYED_SHARE = 0.05
@@ -147,6 +153,8 @@ class Workbench:
         path = self.store.data / "baseline_search.npy"
         outputs_path = self.store.data / "baseline_search_outputs.npy"
         predicted, outputs = read_array(path), read_array(outputs_path)
+        if outputs is not None and (predicted is None or len(outputs) != len(predicted)):
+            outputs = None
         if self.state.baseline is None or predicted is None:
             call_s = self._seconds_a_call(predictor)
             num_samples = self._search_samples(call_s)
@@ -161,6 +169,7 @@ class Workbench:
             if outputs.nbytes <= MAX_OUTPUT_BYTES:
                 write_array(outputs_path, outputs)
             else:
+                outputs_path.unlink(missing_ok=True)
                 outputs = None
             write_array(path, predicted)
             self._measure_baseline(predictor, predicted, call_s)
@@ -282,27 +291,35 @@ class Workbench:
         timed = [t for t in state.trials if t.is_control and relative_latency(t) is not None]
         most = num_beside(self.call_s(), self.budget)
         fastest = sorted(timed, key=lambda trial: relative_latency(trial) or 0.0)[:most]
-        if len(fastest) < 2 or self.left < self.reserve():
+        if not self._has_time_beside(len(fastest)):
             return
         again = self._beside(fastest, f"the {len(fastest)} fastest controls")
         if again:
             state.controls_timed = True
             self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
 
-    def plans_beside(self) -> bool:
+    def plans_beside(self) -> str | None:
         """Time the fastest plans and the best control in one race, as before candidates are named:
-        in a race of its own the best of many is partly the luckiest. Whether that was done; not for
-        plans that it was done for."""
+        in a race of its own the best of many is partly the luckiest. The id of the fastest; None
+        where it was done for these before, or there is no time."""
         num_test = self.workload.record.split("test").num_samples
         most = num_beside(self.call_s(), self.budget)
         leaders = contenders(self.state.trials, self.budget, num_test)[:most]
         names = frozenset(trial.trial_id for trial in leaders)
-        if len(leaders) < 2 or names in self._timed_beside or self.left < self.reserve():
-            return False
+        if names in self._timed_beside or not self._has_time_beside(len(leaders)):
+            return None
         self._timed_beside.add(names)
         control = best_control(self.state.trials, self.budget)
         racers = leaders if control is None else [control, *leaders]
-        return bool(self._beside(racers, f"the {len(leaders)} fastest plans"))
+        timed = [t for t in self._beside(racers, f"the {len(leaders)} fastest plans")
+                 if t.trial_id in names]  # fmt: skip
+        fastest = min(timed, key=lambda trial: relative_latency(trial) or 0.0, default=None)
+        return fastest.trial_id if fastest else None
+
+    def _has_time_beside(self, num_artefacts: int) -> bool:
+        """For a race of two or more artefacts, which runs again if the machine is busy."""
+        seconds = beside_seconds(self.call_s(), num_artefacts)
+        return num_artefacts >= 2 and self.left > self.reserve() + 2 * seconds
 
     def _beside(self, trials: Sequence[Trial], what: str) -> list[Trial]:
         """The trials with times from one race, journalled; none, with a warning, if it fails."""
@@ -478,7 +495,7 @@ class Workbench:
     def _drop_dominated(self) -> None:
         """Free the disk of artefacts that can't be handed over any more."""
         wanted = {trial.trial_id for trial in pareto(self.state.trials, self.budget)}
-        wanted |= {trial.trial_id for trial in feasible(self.state.trials, self.budget)}
+        wanted |= {t.trial_id for t in self.state.trials if not is_clearly_over(t, self.budget)}
         wanted |= {trial.trial_id for trial in self.state.trials if trial.is_control}
         for trial in self.state.trials:
             if trial.trial_id not in wanted:

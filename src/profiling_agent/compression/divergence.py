@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 512
-"""Samples that are held in double precision at once."""
+CHUNK = 2**21
+"""Outputs that are held in double precision at once."""
 MAX_STEPS, SMALLEST_FACTOR = 20, 1 / 64
 """Of the search for the factor that brings logits nearest."""
 
@@ -88,8 +88,9 @@ def _pairs(
     before: np.ndarray, after: np.ndarray, *, has_classes: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both, some samples at a time, ``comparable``."""
-    for start in range(0, len(before), CHUNK):
-        first, second = (torch.tensor(each[start : start + CHUNK]) for each in (before, after))
+    rows = max(1, CHUNK * len(before) // max(1, before.size))
+    for start in range(0, len(before), rows):
+        first, second = (torch.tensor(each[start : start + rows]) for each in (before, after))
         yield (
             comparable(first, has_classes=has_classes),
             comparable(second, has_classes=has_classes),

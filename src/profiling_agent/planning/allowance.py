@@ -17,9 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from profiling_agent.planning.drops import (
     KL_PER_POINT,
-    Slope,
     divergence,
-    expected_drop,
     fitted_slope,
     points,
 )
@@ -27,11 +25,11 @@ from profiling_agent.planning.estimate import predict_kl
 from profiling_agent.planning.history import (
     Pair,
     controls,
+    holds,
     is_clearly_over,
     is_feasible,
     pair_of,
     search_drop,
-    within,
 )
 from profiling_agent.records.common import Budget
 from profiling_agent.records.plan import Plan, Quantization
@@ -57,8 +55,9 @@ def next_allowance(
     low, high = allowance_bracket(profile, history, budget, pair)
     aimed, most = (_fitted_allowance(profile, history, budget, pair, a) for a in (AIM, 1.0))
     if aimed is not None and most is not None:
+        held = _held(profile, history, budget, pair)
         first = _first(points(budget, history))
-        return _bounded(aimed, most, low, high, first=first), high
+        return _bounded(aimed, most, held, high, first=first), high
     shrink = _shrink(profile, history, budget, pair, high)
     allowance = _next_allowance(low, high, points(budget, history), shrink)
     if allowance is not None and low is not None and high is not None:
@@ -88,46 +87,67 @@ def _fitted_allowance(
         return None
     wanted = slope.divergence_at(aim * budget.max_drop)
     predicted = predict_kl(profile, control.plan)
-    if needs_rescue(pair, history, budget):
-        return predicted * min(1.0, wanted / max(apart, 1e-12))
+    if predicted > 0.0 and (apart >= wanted or needs_rescue(pair, history, budget)):
+        return wanted / _over_predicted(profile, history, pair)  # layers have to stay float
     room = max(wanted - apart, LEAST_ROOM * wanted)
     return predicted + room / _beyond_sums(profile, history, pair)
+
+
+def _over_predicted(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
+    """What whole trials of the pair diverged over what was predicted: its plans', before there are
+    any its control's."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for trial in history:
+        predicted, apart = predict_kl(profile, trial.plan), divergence(trial)
+        if pair_of(trial) == pair and apart is not None and predicted > 0.0:
+            ratios[trial.is_control].append(apart / predicted)
+    known = ratios[False] or ratios[True]
+    return max(sum(known) / len(known), 1e-6) if known else 1.0
 
 
 def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
     """What pruning plans diverged over the sum of their groups: of this pair's trials, before there
     are any of all, 1 before there are those. Cuts made together cost more than one by one."""
     known = controls(history)
-    shares: dict[Pair, tuple[float, float]] = {}
+    ratios: dict[Pair, list[float]] = {}
     for trial in history:
         control, alone = known.get(pair_of(trial)), _pruning_kl(profile, trial.plan)
         base, apart = divergence(control) if control else None, divergence(trial)
-        if trial.is_control or base is None or apart is None or alone <= 0.0:
+        if trial.is_control or control is None or base is None or apart is None or alone <= 0.0:
             continue
-        ours = pair_of(trial)
-        along, square = shares.get(ours, (0.0, 0.0))
+        whole = predict_kl(profile, control.plan)
+        if whole > 0.0:  # of its quantization the layers that the plan leaves in int8
+            base *= (predict_kl(profile, trial.plan) - alone) / whole
         # relative errors are alike, so each trial's ratio counts the same
-        shares[ours] = (along + max(0.0, apart - base) / alone, square + 1.0)
-    chosen = [shares[pair]] if pair in shares else list(shares.values())
-    count = sum(number for _, number in chosen)
-    if count == 0.0:
-        return 1.0
-    return min(MOST_BEYOND, max(1 / MOST_BEYOND, sum(total for total, _ in chosen) / count))
+        ratios.setdefault(pair_of(trial), []).append(max(0.0, apart - base) / alone)
+    chosen = ratios.get(pair) or [ratio for each in ratios.values() for ratio in each]
+    mean = sum(chosen) / len(chosen) if chosen else 1.0
+    return min(MOST_BEYOND, max(1 / MOST_BEYOND, mean))
 
 
-def _bounded(
-    aimed: float, most: float, low: float | None, high: float | None, *, first: float
-) -> float:
+def _held(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair) -> float:
+    """The largest predicted divergence of the pair's plans that hold; 0 without one."""
+    slope = fitted_slope(history, budget)
+    return max(
+        (
+            predict_kl(profile, trial.plan)
+            for trial in history
+            if pair_of(trial) == pair and not trial.is_control and holds(trial, slope, budget)
+        ),
+        default=0.0,
+    )
+
+
+def _bounded(aimed: float, most: float, held: float, high: float | None, *, first: float) -> float:
     """What is aimed at; when that holds a step further, to where all of the budget is used up.
 
     Below what was too much; without such, not far beyond the first guess and what held.
     """
-    held = low or 0.0
     if held >= HELD * aimed:
         aimed = max(held, min(STEP * held, most))
     if high is None:
         return min(aimed, max(2 * first, 4 * held))
-    return max(min(aimed, high / SEARCH_ENDED), high / 8 if low is None else 0.0)
+    return max(min(aimed, high / SEARCH_ENDED), high / 8 if held == 0.0 else 0.0)
 
 
 def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
@@ -141,7 +161,7 @@ def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
     if not pair.scheme.startswith("int8") or not known:
         return False
     slope = fitted_slope(history, budget)
-    if any(_holds(trial, slope, budget) for trial in tried):
+    if any(holds(trial, slope, budget) for trial in tried):
         return False
     return len(tried) > len(known) or is_clearly_over(known[0], budget)
 
@@ -164,7 +184,7 @@ def allowance_bracket(
         if pair_of(trial) != pair or trial.status == "failed":
             continue
         kl = predict_kl(profile, trial.plan)
-        if _holds(trial, slope, budget):
+        if holds(trial, slope, budget):
             if trial.is_control:
                 control = kl
             else:
@@ -179,11 +199,6 @@ def allowance_bracket(
     if low is not None and high is not None and high <= low:
         high = None if low == 0.0 else low * SEARCH_ENDED**2  # noise: trust the feasible one
     return low, high
-
-
-def _holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
-    """Whether it is done and expected to be within the budget."""
-    return trial.status == "done" and within(expected_drop(trial, slope), budget)
 
 
 def _below_what_failed_elsewhere(

@@ -37,7 +37,7 @@ UNIFORM_STEP = 0.02
 def best_pair(history: Sequence[Trial], budget: Budget) -> Pair | None:
     """Runtime and scheme of the best feasible control, else of the fastest measured one."""
     measured = [t for t in history if t.is_control and relative_latency(t) is not None]
-    good = feasible(measured, budget)
+    good = [trial for trial in feasible(history, budget) if trial.is_control]
     if good:
         return pair_of(good[0])
     return pair_of(min(measured, key=lambda t: relative_latency(t) or 0.0)) if measured else None
@@ -139,7 +139,7 @@ class Greedy:
             return None
         tried = {trial.plan.plan_id for trial in history}
         mine = [t for t in history if pair_of(t) == pair and t.plan.repair == "least-squares"]
-        good = [t for t in feasible(mine, budget) if t.plan.pruning]
+        good = [t for t in feasible(history, budget) if t in mine and t.plan.pruning]
         ids = [group.id for group in profile.groups]
         ratios = (
             {group_id: line.ratio for group_id, line in assign(good[0].plan, ids).items()}

@@ -56,7 +56,8 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
 
     The best one expected to be within the budget; and, since it was chosen for having come out well
     on search, the best with room to spare: first half the budget, then none used. Places that are
-    left go to others that beat the control, those expected to lose least first. With evidence
+    left go to others that beat the control, first those that no other beats in both objective and
+    drop, then those expected to lose least. With evidence
     ``proven`` only trials whose bound on the test split would be within the budget.
     """
     ours = contenders(trials, budget, num_test)

@@ -28,6 +28,8 @@ MAX_POINTS = 5.0
 """Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
 MISFIT = 0.3
 """How far, as a share of the line's drop, plans lie about the line besides the samples' noise."""
+BLUR = 0.1
+"""Of the budget: what the line's drop is unsure by where the divergence is nothing."""
 SHARED = 0.15
 """Of the slope: what is left unknown however many trials there are, since all share the samples."""
 
@@ -35,11 +37,13 @@ SHARED = 0.15
 @dataclass(frozen=True, kw_only=True)
 class Slope:
     """Drop over divergence, in the metric's unit per nat, and the standard deviation of that; over
-    its root where every changed answer ``is_loss``."""
+    its root where every changed answer ``is_loss``. No drop on the line is known better than to
+    ``blur``."""
 
     value: float
     deviation: float
     is_loss: bool = False
+    blur: float = 0.0
 
     def divergence_at(self, drop: float) -> float:
         """Nats at which so much is lost on the line."""
@@ -66,9 +70,10 @@ def divergence(trial: Trial) -> float | None:
 def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
     """Bayesian linear regression through nothing; ``None`` without a divergence to go by."""
     in_points = points(budget, history)
-    if in_points <= 0.0:
+    if in_points <= 0.0 or budget.max_drop <= 0.0:
         return None
-    is_loss = any(_every_change_is_loss(trial) for trial in history)
+    is_loss = any(_every_change_is_loss(trial, budget) for trial in history)
+    blur = BLUR * budget.max_drop
     power = 0.5 if is_loss else 1.0
     prior = budget.max_drop / in_points * (CHANGED if is_loss else 1.0 / KL_PER_POINT)
     known = [
@@ -81,7 +86,7 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
     ]
     if not known:
         return None
-    slope = Slope(value=prior, deviation=prior, is_loss=is_loss)
+    slope = Slope(value=prior, deviation=prior, is_loss=is_loss, blur=blur)
     for _ in range(2):  # the misfit of a point follows from the slope
         precision, weighted = prior**-2, prior**-1
         for apart, drop, deviation in known:
@@ -90,7 +95,7 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
             weighted += weight * apart * drop
         value = max(weighted / precision, 0.1 * prior)
         deviation = (1.0 / precision + (SHARED * value) ** 2) ** 0.5
-        slope = Slope(value=value, deviation=deviation, is_loss=is_loss)
+        slope = Slope(value=value, deviation=deviation, is_loss=is_loss, blur=blur)
     return slope
 
 
@@ -104,7 +109,7 @@ def expected_drop(trial: Trial, slope: Slope | None) -> float | None:
     if slope is None or apart is None or slope.is_loss:
         return own
     line = slope.value * apart
-    unsure = (MISFIT * line) ** 2 + (slope.deviation * apart) ** 2
+    unsure = (MISFIT * line) ** 2 + (slope.deviation * apart) ** 2 + slope.blur**2
     noise = _deviation(accuracy) ** 2
     if noise == 0.0:
         return own
@@ -118,12 +123,12 @@ def expected_drops(history: Sequence[Trial], budget: Budget) -> Mapping[str, flo
     return {name: drop for name, drop in found.items() if drop is not None}
 
 
-def _every_change_is_loss(trial: Trial) -> bool:
-    """Whether what is right is what the original answers: then the metric is the agreement."""
+def _every_change_is_loss(trial: Trial, budget: Budget) -> bool:
+    """Whether the original is right on all: on agreement with it by definition."""
     accuracy = _on_search(trial)
-    if accuracy is None or accuracy.agreement is None or accuracy.agreement == 1.0:
+    if budget.unit != "points" or accuracy is None or accuracy.drop is None:
         return False
-    return abs(accuracy.value - 100.0 * accuracy.agreement) < 1e-9
+    return abs(accuracy.value + accuracy.drop.estimate - 100.0) < 1e-9
 
 
 def _on_search(trial: Trial) -> Accuracy | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiling_agent.planning.drops import expected_drops
+from profiling_agent.planning.drops import Slope, expected_drop, fitted_slope
 from profiling_agent.records.common import Budget
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.trial import Trial
@@ -61,6 +61,12 @@ def within(drop: float | None, budget: Budget) -> bool:
     return drop is not None and drop <= budget.max_drop * (1 + 1e-9)
 
 
+def holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
+    """Whether its expected drop (``drops.py``) is within the budget, and its measured one not
+    clearly over."""
+    return within(expected_drop(trial, slope), budget) and not is_clearly_over(trial, budget)
+
+
 def is_clearly_over(trial: Trial, budget: Budget) -> bool:
     """Over the budget on search, even by the lower end of the drop's interval; or not measured."""
     accuracy = trial.evaluation.on("search") if trial.evaluation else None
@@ -70,15 +76,15 @@ def is_clearly_over(trial: Trial, budget: Budget) -> bool:
 
 
 def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
-    """Done trials whose expected drop (``drops.py``) is within the budget and whose objective was
-    measured, best first; ties keep their order."""
-    drops = expected_drops(trials, budget)
+    """Done trials that hold and whose objective was measured, best first; ties keep their order.
+
+    ``trials`` are to be all of the run: they tell of each other.
+    """
+    slope = fitted_slope(trials, budget)
     good = [
         trial
         for trial in trials
-        if trial.status == "done"
-        and within(drops.get(trial.trial_id), budget)
-        and trial_value(trial, budget) is not None
+        if holds(trial, slope, budget) and trial_value(trial, budget) is not None
     ]
     return sorted(good, key=lambda trial: trial_value(trial, budget) or 0.0)
 

@@ -129,6 +129,8 @@ def _propose_for(
     allowance, high = next_allowance(profile, history, budget, pair)
     prune = not needs_rescue(pair, history, budget)
     if allowance is not None and is_fitted(history, budget, pair):
+        if allowance <= 0.0:
+            return None
         return solve(
             pair, profile, history, budget, seed, allowance, prune=prune,
             avoid=_tried_choices(pair, profile, history, allowance),
@@ -234,8 +236,8 @@ def _gains_by_parameters(profile: Profile, gains: list[LayerGain]) -> list[Layer
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Ratios by group and layers kept float, and in how many places another is to differ from it:
-    a group at another ratio is two, a layer in another format is one."""
+    """Ratios by group and layers kept float. Another is to differ in one place at least, and over
+    the groups in ``distance``: a group at another ratio is two, one that is cut or not is one."""
 
     ratios: Mapping[str, float]
     floats: Collection[str]
@@ -254,8 +256,8 @@ def _tried_choices(
             continue
         ratios = {name: line.ratio for name, line in assign(trial.plan, ids).items()}
         is_near = abs(predict_kl(profile, trial.plan) / allowance - 1.0) < NEAR
-        another = max(min(3, len(ids) + 1), round(2 * OTHER * len(ratios))) if ratios else 1
-        distance = another if is_near else 1
+        another = max(min(3, len(ids) + 1), round(2 * OTHER * len(ratios)))
+        distance = another if is_near and ratios else 0
         kept = floats(trial.plan, profile)
         choices.append(Choice(ratios=ratios, floats=kept, distance=distance))
     return choices
@@ -263,13 +265,18 @@ def _tried_choices(
 
 def _differing(
     choice: Choice, items: Sequence[tuple[str, Option]], gains: Sequence[LayerGain]
-) -> LinearConstraint:
-    """At least ``distance`` of the variables differ from the choice's."""
-    taken = [abs(choice.ratios.get(group_id, 0.0) - option.ratio) < 1e-9
-             for group_id, option in items]  # fmt: skip
-    taken += [gain.name not in choice.floats for gain in gains]
+) -> list[LinearConstraint]:
+    """So many of the variables differ from the choice's."""
+    cut = [abs(choice.ratios.get(group_id, 0.0) - option.ratio) < 1e-9
+           for group_id, option in items]  # fmt: skip
+    taken = [*cut, *(gain.name not in choice.floats for gain in gains)]
     signs = np.where(taken, -1.0, 1.0)
-    return LinearConstraint(signs[None, :], choice.distance - sum(taken), np.inf)
+    constraints = [LinearConstraint(signs[None, :], 1 - sum(taken), np.inf)]
+    if items and choice.distance:
+        only_groups = np.where(np.arange(len(taken)) < len(items), signs, 0.0)
+        least = choice.distance - sum(cut)
+        constraints.append(LinearConstraint(only_groups[None, :], least, np.inf))
+    return constraints
 
 
 def _knapsack(
@@ -295,7 +302,7 @@ def _knapsack(
     constraints = [
         LinearConstraint(at_most_one, -np.inf, 1.0),
         LinearConstraint((kl / unit)[None, :], -np.inf, allowance / unit),
-        *(_differing(choice, items, gains) for choice in avoid),
+        *(each for choice in avoid for each in _differing(choice, items, gains)),
     ]
     # a hair against pruning for nothing; and a hair for int8 where time can't tell
     worth = saved - 1e-7

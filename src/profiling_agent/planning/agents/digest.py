@@ -282,7 +282,7 @@ def _trials(history: Sequence[Trial], budget: Budget, limit: int) -> str:
     ours = [trial for trial in history if not trial.is_control]
     if not ours:
         return "TRIALS none yet"
-    best = feasible(ours, budget)
+    best = [trial for trial in feasible(history, budget) if not trial.is_control]
     lines = ["TRIALS: id, author | plan | predicted, measured time over eager | lost | guards"]
     lines += [_trial_row(trial, history, budget) for trial in ours[-limit:]]
     if best:
