@@ -272,7 +272,7 @@ class TestWhereTheNextPlanIs:
         first = pruning(0.5)
         history = [control(FP32, 0.8), control(OTHER, 0.7)]
         before, _ = next_allowance(profile, history, BUDGET, OTHER)
-        tried = judged("t1", first, 0.6, 1.0, 4 * predict_kl(profile, first))
+        tried = judged("t1", first, 0.6, 0.8, 4 * predict_kl(profile, first))
         after, _ = next_allowance(profile, [*history, tried], BUDGET, OTHER)
         assert before is not None and after is not None
         slope = fitted_slope([*history, tried], BUDGET)
@@ -306,6 +306,19 @@ class TestWhereTheNextPlanIs:
         over = control(weights, 0.4, drop=0.7, apart=0.02)
         failed = judged("t1", pruning(0.5, weights), 0.3, 1.5, 0.05)
         assert Solver().propose(profile, [over, failed], budget, 0) is None
+
+    def test_cuts_that_clearly_lost_too_much_elsewhere_are_not_repeated(self) -> None:
+        """A plan of the other runtime lost four points at its sum; this one stays far below it,
+        though its own mild plan diverged no more than predicted."""
+        profile = fine_profile()
+        predicted = predict_kl(profile, pruning(0.5))
+        mild = judged("t1", pruning(0.125), 0.7, 0.01, predict_kl(profile, pruning(0.125)))
+        over = judged("t2", pruning(0.5, OTHER), 0.5, 4.0, 14 * predicted)
+        history = [control(FP32, 0.8), control(OTHER, 0.7), mild]
+        free, _ = next_allowance(profile, history, BUDGET, FP32)
+        bound, _ = next_allowance(profile, [*history, over], BUDGET, FP32)
+        assert free is not None and bound is not None
+        assert bound < predicted < free
 
     def test_what_collapsed_bounds_what_is_tried_next(self) -> None:
         profile = fine_profile()

@@ -44,7 +44,7 @@ HELD, STEP = 0.9, 1.25
 """What held so near to what is aimed at leads the search on, by that factor."""
 LEAST_ROOM = 0.1
 """Of the divergence at 0.8 of the budget, for pruning where quantizing alone has used it up."""
-MOST_BEYOND = 10.0
+MOST_BEYOND = 20.0
 """How far the divergence of a whole plan may lie from the sum of its parts, to be believed."""
 
 
@@ -57,7 +57,9 @@ def next_allowance(
     if aimed is not None and most is not None:
         held = _held(profile, history, budget, pair)
         first = _first(points(budget, history))
-        return _bounded(aimed, most, held, high, first=first), high
+        allowance = _bounded(aimed, most, held, high, first=first)
+        elsewhere = _below_what_failed_elsewhere(profile, history, budget, pair)
+        return allowance if elsewhere is None else min(allowance, elsewhere), high
     shrink = _shrink(profile, history, budget, pair, high)
     allowance = _next_allowance(low, high, points(budget, history), shrink)
     if allowance is not None and low is not None and high is not None:
@@ -106,8 +108,8 @@ def _over_predicted(profile: Profile, history: Sequence[Trial], pair: Pair) -> f
 
 
 def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
-    """What pruning plans diverged over the sum of their groups: of this pair's trials, before there
-    are any of all, 1 before there are those. Cuts made together cost more than one by one."""
+    """What pruning plans diverged over the sum of their groups: of this pair's trials or of all,
+    whichever is more, 1 before there are any. Cuts made together cost more than one by one."""
     known = controls(history)
     ratios: dict[Pair, list[float]] = {}
     for trial in history:
@@ -120,9 +122,9 @@ def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
             base *= (predict_kl(profile, trial.plan) - alone) / whole
         # relative errors are alike, so each trial's ratio counts the same
         ratios.setdefault(pair_of(trial), []).append(max(0.0, apart - base) / alone)
-    chosen = ratios.get(pair) or [ratio for each in ratios.values() for ratio in each]
-    mean = sum(chosen) / len(chosen) if chosen else 1.0
-    return min(MOST_BEYOND, max(1 / MOST_BEYOND, mean))
+    everywhere = [ratio for each in ratios.values() for ratio in each]
+    means = [sum(each) / len(each) for each in (ratios.get(pair, []), everywhere) if each]
+    return min(MOST_BEYOND, max(1 / MOST_BEYOND, max(means, default=1.0)))
 
 
 def _held(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair) -> float:
