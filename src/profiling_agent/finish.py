@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
+from profiling_agent.beside import OPENING_S, Beside, by_one_measure, most_seconds
 from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import ArtefactError, BudgetError, ModelError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
@@ -20,15 +20,13 @@ from profiling_agent.evaluation.measure import FINAL, Protocol, Race, race
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.planning.decide import (
     Final,
-    best_control,
     conclude,
-    contenders,
     nominate,
     proof_level,
     ranked_controls,
     within_budget,
 )
-from profiling_agent.records.common import Budget, Interval, NotMeasured
+from profiling_agent.records.common import Interval, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
 from profiling_agent.records.store import RunStore, read_array, write_array
 from profiling_agent.records.trial import Candidate, RunSettings, Trial, Verdict
@@ -39,11 +37,6 @@ from profiling_agent.trial import TrialRunner, evaluation_of
 
 RACE_SHARE = 0.1
 """Of the time budget, at most, for the race that the headline is taken from."""
-OPENING_S = 8.0
-"""For starting the processes of a race."""
-FEWEST_LEADERS, MOST_LEADERS, LEADERS_SHARE = 3, 8, 0.07
-"""Artefacts that are timed beside each other, controls before the search and plans before the
-candidates are named, where that takes at most this share of the time budget."""
 NOT_RACED = NotMeasured(
     what="latency, speed-up and memory", reason="only artefacts within the budget are raced"
 )
@@ -71,34 +64,8 @@ def final_seconds(
     protocol = final_protocol(time_budget_s, original_call_s)
     race_s = protocol.seconds(original_call_s, racers) + OPENING_S
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
-    leaders_s = 0.0
-    if num_artefacts > 1 and (most := _num_beside(original_call_s, time_budget_s)):
-        leaders_s = beside_seconds(original_call_s, most)
-    return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + leaders_s)
-
-
-def num_beside(original_call_s: float, budget: Budget) -> int:
-    """How many artefacts are timed beside each other, 0 where time is not the objective or the
-    race would be too large a part of its budget."""
-    is_time = budget.objective in ("latency", "throughput")
-    return _num_beside(original_call_s, budget.time_s) if is_time else 0
-
-
-def _num_beside(original_call_s: float, time_budget_s: float) -> int:
-    numbers = range(MOST_LEADERS, FEWEST_LEADERS - 1, -1)
-    limit = LEADERS_SHARE * time_budget_s
-    return next((n for n in numbers if beside_seconds(original_call_s, n) <= limit), 0)
-
-
-def beside_seconds(original_call_s: float, num_leaders: int) -> float:
-    """What such a race is expected to take."""
-    racers = num_leaders + 2  # the original and the best control
-    return beside_protocol(original_call_s).seconds(original_call_s, racers) + OPENING_S
-
-
-def beside_protocol(original_call_s: float) -> Protocol:
-    """Of such a race: it is to rank them, not to carry a headline."""
-    return Protocol(num_blocks=8, block_s=0.1).suited_to(original_call_s)
+    beside_s = most_seconds(original_call_s, time_budget_s) if num_artefacts > 1 else 0.0
+    return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + beside_s)
 
 
 def answers_of_original(
@@ -143,6 +110,14 @@ class Finish:
         assert timing is not None
         self.call_s = timing.median_ms / 1e3
         self.protocol = final_protocol(self.budget.time_s, self.call_s)
+        self.beside = Beside(
+            runner=runner,
+            store=store,
+            budget=self.budget,
+            call_s=self.call_s,
+            progress=progress,
+            warn=warn,
+        )
 
     def walk(self) -> None:
         candidates = self._candidates()
@@ -186,35 +161,13 @@ class Finish:
     def _candidates(self) -> list[Candidate]:
         if self.state.candidates is None:
             num_test = self.workload.record.split("test").num_samples
-            trials = self._timed_together(num_test)
+            leaders = self.beside.leaders(self.state.trials, num_test)
+            timed = self.beside.race_plans(leaders, self.state.trials)
+            trials = by_one_measure(self.state.trials, timed)
             self.state.candidates = nominate(trials, self.budget, num_test)
             dumped = [candidate.model_dump(mode="json") for candidate in self.state.candidates]
             self.store.journal.append("candidates", dumped)
         return self.state.candidates
-
-    def _timed_together(self, num_test: int) -> list[Trial]:
-        """The trials, the fastest plans and the best control with times from one race, the others
-        with their own by the same measure.
-
-        In its own race each had the original's noise, and the first of many is partly the luckiest.
-        """
-        trials = self.state.trials
-        control = best_control(trials, self.budget)
-        most = num_beside(self.call_s, self.budget)
-        leaders = contenders(trials, self.budget, num_test)[:most]
-        if len(leaders) < 2:
-            return trials
-        racers = leaders if control is None else [control, *leaders]
-        self.progress.stage("timing", f"the {len(leaders)} fastest plans beside each other")
-        try:
-            with quiet(self.progress):
-                timed = self.runner.time_together(
-                    racers, self.store.trial, beside_protocol(self.call_s)
-                )
-        except TrialError as error:
-            self.warn(f"The fastest plans could not be timed beside each other: {error}")
-            return trials
-        return _by_one_measure(trials, timed)
 
     def _trial(self, trial_id: str) -> Trial:
         return next(trial for trial in self.state.trials if trial.trial_id == trial_id)
@@ -381,38 +334,6 @@ def _final_of(trial: Trial, facts: dict[str, Any]) -> Final:
         over_control=Interval.model_validate(over) if over else None,
         samples_to_prove=facts["samples_to_prove"],
     )
-
-
-def _by_one_measure(trials: Sequence[Trial], timed: Sequence[Trial]) -> list[Trial]:
-    """All trials, those that were timed beside each other in place of the same before, and the
-    others' speed-ups multiplied by what that race gave those: else one that was left out for being
-    slower would lead whenever the race was slower for all."""
-    new = {trial.trial_id: trial for trial in timed}
-    ratios = [
-        after / before
-        for trial in trials
-        if trial.trial_id in new
-        and (after := _times_faster(new[trial.trial_id])) is not None
-        and (before := _times_faster(trial)) is not None
-    ]
-    factor = median(ratios) if ratios else 1.0
-    return [new.get(trial.trial_id) or _scaled(trial, factor) for trial in trials]
-
-
-def _times_faster(trial: Trial) -> float | None:
-    speedup = trial.evaluation.speedup if trial.evaluation else None
-    return speedup.ratio.estimate if speedup else None
-
-
-def _scaled(trial: Trial, factor: float) -> Trial:
-    evaluation = trial.evaluation
-    if evaluation is None or evaluation.speedup is None:
-        return trial
-    ratio = evaluation.speedup.ratio
-    parts = {name: factor * getattr(ratio, name) for name in ("estimate", "low", "high")}
-    speedup = evaluation.speedup.model_copy(update={"ratio": ratio.model_copy(update=parts)})
-    scaled = evaluation.model_copy(update={"speedup": speedup})
-    return trial.model_copy(update={"evaluation": scaled})
 
 
 def copy_artefact(source: Path, target: Path) -> None:

@@ -15,23 +15,18 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
+from profiling_agent.beside import Beside
 from profiling_agent.building import Builder, LocalBuilder, WorkerBuilder
 from profiling_agent.deployment.artefact import baseline_size
 from profiling_agent.errors import ModelError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import TRIAL, race
 from profiling_agent.evaluation.predictor import LivePredictor, Predictor, ProbeProcess
-from profiling_agent.finish import (
-    beside_protocol,
-    beside_seconds,
-    final_seconds,
-    forward_of_original,
-    num_beside,
-)
+from profiling_agent.finish import final_seconds, forward_of_original
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
-from profiling_agent.planning.decide import best_control, contenders
+from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import (
@@ -283,58 +278,52 @@ class Workbench:
             self.try_plan(trial_id, plan, "control", is_control=True)
 
     def _controls_beside(self) -> None:
-        """Time the fastest controls in one race: plans start from them, and in races of their own
-        each has the original's noise."""
+        """Time the fastest controls in one race: plans start from them."""
         state = self.state
         if state.controls_timed or state.profile_path or state.candidates is not None:
             return
         timed = [t for t in state.trials if t.is_control and relative_latency(t) is not None]
-        most = num_beside(self.call_s(), self.budget)
-        fastest = sorted(timed, key=lambda trial: relative_latency(trial) or 0.0)[:most]
-        if not self._has_time_beside(len(fastest)):
+        fastest = sorted(timed, key=lambda trial: relative_latency(trial) or 0.0)
+        fastest = fastest[: self.beside.most]
+        if not self._has_time_beside(fastest):
             return
-        again = self._beside(fastest, f"the {len(fastest)} fastest controls")
+        again = self.beside.race(fastest, f"the {len(fastest)} fastest controls")
+        for trial in again:
+            self._keep(trial)
         if again:
             state.controls_timed = True
             self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
 
     def plans_beside(self) -> str | None:
-        """Time the fastest plans and the best control in one race, as before candidates are named:
-        in a race of its own the best of many is partly the luckiest. The id of the fastest; None
-        where it was done for these before, or there is no time."""
-        num_test = self.workload.record.split("test").num_samples
-        most = num_beside(self.call_s(), self.budget)
-        leaders = contenders(self.state.trials, self.budget, num_test)[:most]
+        """Time the fastest plans in one race, as before candidates are named. The id of the
+        fastest; None where it was done for these before, or there is no time."""
+        trials = self.state.trials
+        leaders = self.beside.leaders(trials, self.workload.record.split("test").num_samples)
         names = frozenset(trial.trial_id for trial in leaders)
-        if names in self._timed_beside or not self._has_time_beside(len(leaders)):
+        if names in self._timed_beside or not self._has_time_beside(leaders):
             return None
         self._timed_beside.add(names)
-        control = best_control(self.state.trials, self.budget)
-        racers = leaders if control is None else [control, *leaders]
-        timed = [t for t in self._beside(racers, f"the {len(leaders)} fastest plans")
-                 if t.trial_id in names]  # fmt: skip
-        fastest = min(timed, key=lambda trial: relative_latency(trial) or 0.0, default=None)
-        return fastest.trial_id if fastest else None
-
-    def _has_time_beside(self, num_artefacts: int) -> bool:
-        """For a race of two or more artefacts, which runs again if the machine is busy."""
-        seconds = beside_seconds(self.call_s(), num_artefacts)
-        return num_artefacts >= 2 and self.left > self.reserve() + 2 * seconds
-
-    def _beside(self, trials: Sequence[Trial], what: str) -> list[Trial]:
-        """The trials with times from one race, journalled; none, with a warning, if it fails."""
-        self.progress.stage("timing", f"{what} beside each other")
-        try:
-            with quiet(self.progress):
-                again = self.runner.time_together(
-                    trials, self.store.trial, beside_protocol(self.call_s())
-                )
-        except TrialError as error:
-            self.warn(f"{what[0].upper()}{what[1:]} could not be timed beside each other: {error}")
-            return []
+        again = self.beside.race_plans(leaders, trials)
         for trial in again:
             self._keep(trial)
-        return again
+        plans = [trial for trial in again if trial.trial_id in names]
+        fastest = min(plans, key=lambda trial: relative_latency(trial) or 0.0, default=None)
+        return fastest.trial_id if fastest else None
+
+    def _has_time_beside(self, racers: Sequence[Trial]) -> bool:
+        seconds = self.beside.seconds(len(racers))
+        return len(racers) >= 2 and self.left > self.reserve() + seconds
+
+    @property
+    def beside(self) -> Beside:
+        return Beside(
+            runner=self.runner,
+            store=self.store,
+            budget=self.budget,
+            call_s=self.call_s(),
+            progress=self.progress,
+            warn=self.warn,
+        )
 
     def call_s(self) -> float:
         """Seconds a call of the original."""

@@ -1,0 +1,123 @@
+"""Artefacts timed beside each other: ranked by one race, not by one of their own each.
+
+A race of an artefact alone with the original has the original's noise in its ratio, and the first
+of many is partly the luckiest. Controls are timed beside each other before plans are made, and the
+fastest plans before the search gives up and before candidates are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from profiling_agent.errors import TrialError
+from profiling_agent.evaluation.measure import Protocol
+from profiling_agent.planning.decide import best_control, contenders
+from profiling_agent.records.common import Budget
+from profiling_agent.records.store import RunStore
+from profiling_agent.records.trial import Trial
+from profiling_agent.report.live import Progress, quiet
+from profiling_agent.trial import TrialRunner
+
+FEWEST, MOST, SHARE = 3, 8, 0.07
+"""How many artefacts a race has: as many as take at most this share of the time budget."""
+OPENING_S = 8.0
+"""For starting the processes of a race."""
+
+
+def most_seconds(call_s: float, time_budget_s: float) -> float:
+    """What the largest race takes that the time budget affords; 0 where it affords none."""
+    most = _most(call_s, time_budget_s)
+    return _seconds(call_s, most) if most else 0.0
+
+
+def _most(call_s: float, time_budget_s: float) -> int:
+    numbers = range(MOST, FEWEST - 1, -1)
+    return next((n for n in numbers if _seconds(call_s, n) <= SHARE * time_budget_s), 0)
+
+
+def _seconds(call_s: float, num_artefacts: int) -> float:
+    racers = num_artefacts + 2  # the original and the best control
+    return _protocol(call_s).seconds(call_s, racers) + OPENING_S
+
+
+def _protocol(call_s: float) -> Protocol:
+    """It is to rank them, not to carry a headline."""
+    return Protocol(num_blocks=8, block_s=0.1).suited_to(call_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Races of one run; ``call_s`` is what a call of the original takes."""
+
+    runner: TrialRunner
+    store: RunStore
+    budget: Budget
+    call_s: float
+    progress: Progress
+    warn: Callable[[str], None]
+
+    @property
+    def most(self) -> int:
+        """How many artefacts, 0 where time is not the objective or the budget affords no race."""
+        is_time = self.budget.objective in ("latency", "throughput")
+        return _most(self.call_s, self.budget.time_s) if is_time else 0
+
+    def seconds(self, num_artefacts: int) -> float:
+        """What a race of so many is expected to take at most: a busy machine has it run again."""
+        return 2 * _seconds(self.call_s, num_artefacts)
+
+    def leaders(self, trials: Sequence[Trial], num_test: int) -> list[Trial]:
+        """The fastest plans that could be handed over, as many as a race has."""
+        return contenders(trials, self.budget, num_test)[: self.most]
+
+    def race_plans(self, plans: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
+        """Two plans or more and the best control of the trials, as ``race``."""
+        if len(plans) < 2:
+            return []
+        control = best_control(trials, self.budget)
+        racers = plans if control is None else [control, *plans]
+        return self.race(racers, f"the {len(plans)} fastest plans")
+
+    def race(self, racers: Sequence[Trial], what: str) -> list[Trial]:
+        """The trials with times from one race; none, with a warning, if it fails."""
+        self.progress.stage("timing", f"{what} beside each other")
+        try:
+            with quiet(self.progress):
+                return self.runner.time_together(racers, self.store.trial, _protocol(self.call_s))
+        except TrialError as error:
+            self.warn(f"{what[0].upper()}{what[1:]} could not be timed beside each other: {error}")
+            return []
+
+
+def by_one_measure(trials: Sequence[Trial], timed: Sequence[Trial]) -> list[Trial]:
+    """All trials, those that were timed beside each other in place of the same before, and the
+    others' speed-ups multiplied by what that race gave those: else one that was left out for being
+    slower would lead whenever the race was slower for all."""
+    new = {trial.trial_id: trial for trial in timed}
+    ratios = [
+        after / before
+        for trial in trials
+        if trial.trial_id in new
+        and (after := _times_faster(new[trial.trial_id])) is not None
+        and (before := _times_faster(trial)) is not None
+    ]
+    factor = median(ratios) if ratios else 1.0
+    return [new.get(trial.trial_id) or _scaled(trial, factor) for trial in trials]
+
+
+def _times_faster(trial: Trial) -> float | None:
+    speedup = trial.evaluation.speedup if trial.evaluation else None
+    return speedup.ratio.estimate if speedup else None
+
+
+def _scaled(trial: Trial, factor: float) -> Trial:
+    evaluation = trial.evaluation
+    if evaluation is None or evaluation.speedup is None:
+        return trial
+    ratio = evaluation.speedup.ratio
+    parts = {name: factor * getattr(ratio, name) for name in ("estimate", "low", "high")}
+    speedup = evaluation.speedup.model_copy(update={"ratio": ratio.model_copy(update=parts)})
+    scaled = evaluation.model_copy(update={"speedup": speedup})
+    return trial.model_copy(update={"evaluation": scaled})
