@@ -187,6 +187,24 @@ class TestExpectedDrop:
         assert slope.value == pytest.approx(2.0 / 0.004**0.5, rel=0.1)
         assert slope.divergence_at(1.0) == pytest.approx(0.001, rel=0.2)
 
+    @pytest.mark.parametrize("power", [0.5, 1.0])
+    def test_where_every_changed_answer_is_a_loss_the_trials_choose_the_law(
+        self, power: float
+    ) -> None:
+        """Of an original that is right on all search samples: 33 points a nat were seen."""
+        trials = []
+        for number, apart in enumerate((0.0003, 0.02, 0.12, 0.27)):
+            drop = 33.0 * apart**power
+            trial = judged(f"t{number}", pruning(0.5), 0.5, drop, apart)
+            assert trial.evaluation is not None
+            (accuracy,) = trial.evaluation.accuracy
+            right = accuracy.model_copy(update={"value": 100.0 - drop})
+            evaluation = trial.evaluation.model_copy(update={"accuracy": (right,)})
+            trials.append(trial.model_copy(update={"evaluation": evaluation}))
+        slope = fitted_slope(trials, BUDGET)
+        assert slope is not None and slope.power == power
+        assert slope.value == pytest.approx(33.0, rel=0.1)
+
 
 class TestWhatIsNominated:
     def history(self) -> list[Trial]:
@@ -265,6 +283,17 @@ class TestWhereTheNextPlanIs:
                 num_near += 1
                 assert sum(ours.get(i) != theirs.get(i) for i in ids) >= 2
         assert num_near > 0
+
+    def test_a_distant_failure_does_not_hold_the_allowance_up(self) -> None:
+        """What failed far above what the line says is no floor for what is tried next."""
+        profile, far = fine_profile(), pruning(0.75)
+        failed = judged("t1", far, 0.5, 30.0, 90 * predict_kl(profile, far))
+        history = [control(FP32, 0.8), failed]
+        allowance, high = next_allowance(profile, history, BUDGET, FP32)
+        slope = fitted_slope(history, BUDGET)
+        assert slope is not None and high is not None and allowance is not None
+        assert allowance == pytest.approx(slope.divergence_at(AIM * 0.5) / 90)
+        assert allowance < high / 50
 
     def test_another_runtime_starts_where_the_first_has_led(self) -> None:
         """Plans diverge four times their sums in one; the other's first is placed by that."""

@@ -44,7 +44,7 @@ HELD, STEP = 0.9, 1.25
 """What held so near to what is aimed at leads the search on, by that factor."""
 LEAST_ROOM = 0.1
 """Of the divergence at 0.8 of the budget, for pruning where quantizing alone has used it up."""
-MOST_BEYOND = 20.0
+MOST_BEYOND = 200.0
 """How far the divergence of a whole plan may lie from the sum of its parts, to be believed."""
 
 
@@ -147,9 +147,7 @@ def _bounded(aimed: float, most: float, held: float, high: float | None, *, firs
     """
     if held >= HELD * aimed:
         aimed = max(held, min(STEP * held, most))
-    if high is None:
-        return min(aimed, max(2 * first, 4 * held))
-    return max(min(aimed, high / SEARCH_ENDED), high / 8 if held == 0.0 else 0.0)
+    return min(aimed, max(2 * first, 4 * held) if high is None else high / SEARCH_ENDED)
 
 
 def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
