@@ -59,7 +59,7 @@ from profiling_agent.records.patterns import assign, matches
 from profiling_agent.records.plan import MAX_PATTERN_LENGTH, Plan, PruningLine, Quantization
 from profiling_agent.records.profile import FrozenGroup, LayerQuantization, Profile
 from profiling_agent.records.trial import Trial
-from record_factory import make_module, make_trial
+from record_factory import make_accuracy, make_interval, make_module, make_trial
 from scripted_llm import Scripted, Step, calls, client_of, lost, said
 from test_planning import (
     BUDGET,
@@ -319,6 +319,21 @@ def test_the_digest_says_what_was_measured() -> None:
     assert rows(text, "INT8")[0].startswith("b.fc1 | 20 |")
     assert any(row.startswith("t2, solver") and row.endswith("3.00 OVER BUDGET")
                for row in rows(text, "TRIALS"))  # fmt: skip
+    assert text.endswith("The best of them within the budget is t1.")
+
+
+def test_the_digest_says_what_is_likely_lost_and_judges_by_that() -> None:
+    """A plan that came out badly on its samples may be within the budget, and the best."""
+    of = make_accuracy("search", 91.45, 0.55, divergence=0.004)
+    unlucky = tried(1, plan_of(("mlp:a.fc1", 0.25)), 0.4, 0.55)
+    assert unlucky.evaluation is not None
+    accuracy = of.model_copy(update={"drop": make_interval(0.55, 0.4)})
+    evaluation = unlucky.evaluation.model_copy(update={"accuracy": (accuracy,)})
+    history = [*controls_of(), unlucky.model_copy(update={"evaluation": evaluation})]
+    text = digest(profile_of(), history, BUDGET)
+    (row,) = (row for row in rows(text, "TRIALS") if row.startswith("t1, solver"))
+    outcome = row.split(" | ")[3]
+    assert outcome.startswith("0.55 (likely 0.") and "OVER BUDGET" not in row
     assert text.endswith("The best of them within the budget is t1.")
 
 

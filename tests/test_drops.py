@@ -205,6 +205,37 @@ class TestExpectedDrop:
         assert slope is not None and slope.power == power
         assert slope.value == pytest.approx(33.0, rel=0.1)
 
+    @pytest.mark.parametrize("apart", [0.0, 1e-12])
+    def test_where_nothing_tells_the_laws_apart_the_careful_one_is_taken(self, apart: float) -> None:
+        """A float control that answers as the original does says nothing of either."""
+        same = control(FP32, 0.8, 0.0, apart)
+        assert same.evaluation is not None
+        (accuracy,) = same.evaluation.accuracy
+        right = accuracy.model_copy(update={"value": 100.0})
+        evaluation = same.evaluation.model_copy(update={"accuracy": (right,)})
+        slope = fitted_slope([same.model_copy(update={"evaluation": evaluation})], BUDGET)
+        assert slope is not None and slope.power == 0.5
+
+    def test_the_unit_of_the_metric_changes_nothing(self) -> None:
+        """Errors of a millionth weigh as points do."""
+        values: list[float] = []
+        for unit in (1.0, 1e-6):
+            budget = Budget(max_drop=0.2 * unit, unit="")
+            trials = []
+            for trial_id, drop, apart in (("c1", 0.0, 0.0), ("t1", 0.05, 0.03)):
+                evaluation = judged(trial_id, pruning(0.5), 0.5, drop, apart).evaluation
+                assert evaluation is not None
+                lost = make_interval(drop * unit, 0.001 * unit)
+                parts = {"value": 20.0 * unit, "drop": lost}
+                accuracy = evaluation.accuracy[0].model_copy(update=parts)
+                evaluation = evaluation.model_copy(update={"accuracy": (accuracy,)})
+                trials.append(make_trial(trial_id, evaluation=evaluation))
+                trials[-1] = trials[-1].model_copy(update={"is_control": trial_id == "c1"})
+            slope = fitted_slope(trials, budget)
+            assert slope is not None
+            values.append(slope.value / unit)
+        assert values[1] == pytest.approx(values[0], rel=1e-3)
+
 
 class TestWhatIsNominated:
     def history(self) -> list[Trial]:
@@ -356,7 +387,26 @@ class TestWhereTheNextPlanIs:
         history = [control(FP32, 0.8), collapsed]
         allowance, high = next_allowance(profile, history, BUDGET, FP32)
         assert high == pytest.approx(predict_kl(profile, plan))
-        assert allowance is not None and allowance < high
+        assert allowance == pytest.approx(high / 8)
+        mild = judged("t2", pruning(0.125), 0.7, 0.01, predict_kl(profile, pruning(0.125)))
+        allowance, high = next_allowance(profile, [*history, mild], BUDGET, FP32)
+        assert allowance is not None and high is not None
+        assert predict_kl(profile, mild.plan) < allowance < 0.6 * high
+
+    def test_a_bad_sum_elsewhere_counts_until_two_plans_here_hold(self) -> None:
+        """Elsewhere a plan diverged 90 times its sum; here plans diverge twice theirs."""
+        profile = fine_profile()
+        mild, more = pruning(0.125), pruning(0.25)
+        far = judged("t1", pruning(0.75, OTHER), 0.5, 0.6, 90 * predict_kl(profile, pruning(0.75)))
+        here = [
+            judged(f"t{number}", plan, 0.7, 0.02, 2 * predict_kl(profile, plan))
+            for number, plan in enumerate((mild, more), 2)
+        ]
+        history = [control(FP32, 0.8), control(OTHER, 0.7), far]
+        bound, _ = next_allowance(profile, [*history, here[0]], BUDGET, FP32)
+        free, _ = next_allowance(profile, [*history, *here], BUDGET, FP32)
+        assert bound is not None and free is not None
+        assert free > 5 * bound
 
     def test_quantizing_that_uses_the_budget_up_leaves_a_little_room(self) -> None:
         """The control is expected to lose what is aimed at; plans are milder, not none."""

@@ -162,7 +162,7 @@ def test_too_much_to_keep_means_that_everything_is_run(monkeypatch: pytest.Monke
 
 def test_divergence_is_the_same_with_less_work() -> None:
     model, batches = build("vit")
-    divergence = Divergence(model, batches, 10)
+    divergence = Divergence(model, batches, has_classes=True)
     groups = find_groups(model, {"x": batches[0]["x"][:2]}).groups
     group = groups[-1]
     assert divergence.measure(group.modules)[0] == 0.0

@@ -19,7 +19,7 @@ import pytest
 from profiling_agent.errors import MissingDependency
 from profiling_agent.planning import tpe
 from profiling_agent.planning.estimate import layer_gains, predict_kl, predict_saved_share
-from profiling_agent.planning.history import Pair, is_feasible, relative_latency
+from profiling_agent.planning.history import Pair, holds, relative_latency
 from profiling_agent.planning.planner import find_planner
 from profiling_agent.planning.solver import make_plan, solve
 from profiling_agent.planning.tpe import PAIR, Params, Space, past_trials, space_of
@@ -166,7 +166,7 @@ def test_a_trial_just_at_the_budget_is_feasible_for_optuna_too() -> None:
     at_the_limit = mine(tried(1, make_plan(FP32, {"mlp:a.fc1": 0.5}, set(), 0, ""), 0.6, 0.5))
     history = [*controls_of(), at_the_limit]
     last = past_trials(space(), history, BUDGET, author="tpe")[-1]
-    assert is_feasible(at_the_limit, BUDGET) and last.constraints["drop"] <= 0
+    assert holds(at_the_limit, None, BUDGET) and last.constraints["drop"] <= 0
 
 
 # ---- proposals ----------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def best_after(name: str, profile: Profile, seed: int, num_trials: int = 30) -> 
 
 
 def fastest(history: Sequence[Trial]) -> float:
-    return min(relative_latency(t) or math.inf for t in history if is_feasible(t, BUDGET))
+    return min(relative_latency(t) or math.inf for t in history if holds(t, None, BUDGET))
 
 
 def test_it_comes_nearer_to_the_optimum_than_drawing_at_random(

@@ -32,7 +32,8 @@ from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.finish import answers_of_original, final_protocol
 from profiling_agent.machine.clock import now
 from profiling_agent.planning.agents.consult import instructions
-from profiling_agent.planning.history import feasible
+from profiling_agent.planning.drops import fitted_slope
+from profiling_agent.planning.history import feasible, holds
 from profiling_agent.planning.hypervolume import gain, hypervolume, reference_drop
 from profiling_agent.planning.planner import ADVISED
 from profiling_agent.preconditions import check_settings, check_task
@@ -183,6 +184,7 @@ class Comparison:
         if walked.planner is None or (not walked.tried and walked.ended == OUT_OF_TIME):
             return walked.arm.model_copy(update={"ended": walked.ended})
         baseline, controls = self.state.baseline, self.walker.controls()
+        slope = fitted_slope(self.state.trials, self.budget)
         assert baseline is not None
         attempts: list[Attempt] = []
         gains = [self._best_gain(controls)]
@@ -198,11 +200,12 @@ class Comparison:
                     measured_as=slot.measured_as,
                     is_cached=slot.measured_as in used,
                     reason=slot.reason,
+                    holds=trial is not None and holds(trial, slope, self.budget),
                 )
             )
             gains.append(self._best_gain(seen))
         used |= {attempt.measured_as for attempt in attempts if attempt.measured_as is not None}
-        best = feasible(seen, self.budget)
+        best = feasible(seen, self.budget, known=self.state.trials)
         return walked.arm.model_copy(
             update={
                 "attempts": tuple(attempts),
@@ -214,7 +217,9 @@ class Comparison:
         )
 
     def _best_gain(self, trials: Sequence[Trial]) -> float | None:
-        baseline, best = self.state.baseline, feasible(trials, self.budget)
+        """Arms and their attempts are judged alike, by all that was measured."""
+        known, baseline = self.state.trials, self.state.baseline
+        best = feasible(trials, self.budget, known=known)
         return gain(best[0], baseline, self.budget) if best and baseline else None
 
     def _compared(self, arms: list[Arm]) -> list[Arm]:

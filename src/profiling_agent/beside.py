@@ -14,6 +14,7 @@ from statistics import median
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.measure import Protocol
 from profiling_agent.planning.decide import best_control, contenders
+from profiling_agent.planning.history import relative_latency
 from profiling_agent.records.common import Budget
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import Trial
@@ -24,12 +25,6 @@ FEWEST, MOST, SHARE = 3, 8, 0.07
 """How many artefacts a race has: as many as take at most this share of the time budget."""
 OPENING_S = 8.0
 """For starting the processes of a race."""
-
-
-def most_seconds(call_s: float, time_budget_s: float) -> float:
-    """What the largest race takes that the time budget affords; 0 where it affords none."""
-    most = _most(call_s, time_budget_s)
-    return _seconds(call_s, most) if most else 0.0
 
 
 def _most(call_s: float, time_budget_s: float) -> int:
@@ -64,6 +59,11 @@ class Beside:
         is_time = self.budget.objective in ("latency", "throughput")
         return _most(self.call_s, self.budget.time_s) if is_time else 0
 
+    @property
+    def most_seconds(self) -> float:
+        """What the largest race takes; 0 where there is none."""
+        return _seconds(self.call_s, self.most) if self.most else 0.0
+
     def seconds(self, num_artefacts: int) -> float:
         """What a race of so many is expected to take at most: a busy machine has it run again."""
         return 2 * _seconds(self.call_s, num_artefacts)
@@ -97,19 +97,14 @@ def by_one_measure(trials: Sequence[Trial], timed: Sequence[Trial]) -> list[Tria
     slower would lead whenever the race was slower for all."""
     new = {trial.trial_id: trial for trial in timed}
     ratios = [
-        after / before
+        before / after
         for trial in trials
         if trial.trial_id in new
-        and (after := _times_faster(new[trial.trial_id])) is not None
-        and (before := _times_faster(trial)) is not None
+        and (after := relative_latency(new[trial.trial_id])) is not None
+        and (before := relative_latency(trial)) is not None
     ]
     factor = median(ratios) if ratios else 1.0
     return [new.get(trial.trial_id) or _scaled(trial, factor) for trial in trials]
-
-
-def _times_faster(trial: Trial) -> float | None:
-    speedup = trial.evaluation.speedup if trial.evaluation else None
-    return speedup.ratio.estimate if speedup else None
 
 
 def _scaled(trial: Trial, factor: float) -> Trial:

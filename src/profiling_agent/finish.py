@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.beside import OPENING_S, Beside, by_one_measure, most_seconds
+from profiling_agent.beside import OPENING_S, Beside, by_one_measure
 from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import ArtefactError, BudgetError, ModelError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
@@ -56,15 +56,15 @@ def final_seconds(
     artefact_call_s: float,
     time_budget_s: float,
     num_artefacts: int = 3,
+    beside_s: float = 0.0,
 ) -> float:
-    """What the final stage is expected to take: the leaders beside each other, accuracy on the test
-    split (``num_calls`` batches) of the original and of so many artefacts (a control and two
-    candidates), and a race and a quarter."""
+    """What the final stage is expected to take: the leaders beside each other (``beside_s``),
+    accuracy on the test split (``num_calls`` batches) of the original and of so many artefacts (a
+    control and two candidates), and a race and a quarter."""
     racers = min(3, 1 + num_artefacts)
     protocol = final_protocol(time_budget_s, original_call_s)
     race_s = protocol.seconds(original_call_s, racers) + OPENING_S
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
-    beside_s = most_seconds(original_call_s, time_budget_s) if num_artefacts > 1 else 0.0
     return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + beside_s)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.drops import expected_drop, fitted_slope
 from profiling_agent.planning.history import feasible, search_drop
 from profiling_agent.planning.planner import Advised, Planner, Proposal
 from profiling_agent.records.llm import Guard
@@ -158,15 +159,20 @@ class Proposals:
         best = feasible(self.state.trials, self.settings.budget)
         if trial.status == "failed" or trial.trial_id in {good.trial_id for good in best}:
             return
-        drop = search_drop(trial)
-        lost = (
-            trial.reason
-            if drop is None
-            else f"it lost {drop:.2f} {self.settings.budget.unit}".rstrip()
-        )
+        lost = self._said_of_loss(trial) or trial.reason
         back = f"{best[0].trial_id} ({best[0].label})" if best else "the original"
         reason = f"{lost}; the search goes back to {back}"
         self._guard(Guard(action="rollback", author="loop", trial_id=trial.trial_id, reason=reason))
+
+    def _said_of_loss(self, trial: Trial) -> str | None:
+        budget = self.settings.budget
+        drop = search_drop(trial)
+        likely = expected_drop(trial, fitted_slope(self.state.trials, budget))
+        if drop is None or likely is None:
+            return None
+        said = f"it lost {drop:.2f} {budget.unit}".rstrip()
+        # what was measured may be within the budget, and what is likely over it
+        return said if f"{drop:.2f}" == f"{likely:.2f}" else f"{said}, {likely:.2f} is likely"
 
     def _reject(self, plan: Plan, profile: Profile, author: str) -> str | None:
         reason = objection(plan, profile, self.state.trials, self.settings)

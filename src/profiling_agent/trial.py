@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from profiling_agent.acquisition.metrics import wants_classes
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.building import BUILD_TIMEOUT_S, Builder
 from profiling_agent.compression.divergence import mean_divergence
@@ -230,8 +229,7 @@ class TrialRunner:
         """From the original's outputs, where those were kept."""
         if self.baseline.outputs is None:
             return None
-        task = self.workload.record.task
-        has_classes = wants_classes(task.metric) and (task.num_classes or 0) > 1
+        has_classes = self.workload.record.task.has_classes
         return mean_divergence(self.baseline.outputs, outputs, has_classes=has_classes)
 
 

@@ -92,7 +92,7 @@ class Workbench:
         self.time_s = settings.budget.time_s
         """When the search is to end, on the journal's clock."""
         self._timed_again: set[str] = set()
-        self._timed_beside: set[frozenset[str]] = set()
+        self._fastest_of: dict[frozenset[str], str | None] = {}
         self.memory_limit = int(0.85 * self.machine.memory_bytes)
 
     @property
@@ -295,20 +295,20 @@ class Workbench:
             self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
 
     def plans_beside(self) -> str | None:
-        """Time the fastest plans in one race, as before candidates are named. The id of the
-        fastest; None where it was done for these before, or there is no time."""
+        """The id of the fastest plan in a race of the fastest, as before candidates are named, once
+        for the same; None where there is no time, or it failed.
+
+        The trials keep the times of their own races, or they could not be compared with the rest.
+        """
         trials = self.state.trials
         leaders = self.beside.leaders(trials, self.workload.record.split("test").num_samples)
         names = frozenset(trial.trial_id for trial in leaders)
-        if names in self._timed_beside or not self._has_time_beside(leaders):
-            return None
-        self._timed_beside.add(names)
-        again = self.beside.race_plans(leaders, trials)
-        for trial in again:
-            self._keep(trial)
-        plans = [trial for trial in again if trial.trial_id in names]
-        fastest = min(plans, key=lambda trial: relative_latency(trial) or 0.0, default=None)
-        return fastest.trial_id if fastest else None
+        if names not in self._fastest_of and self._has_time_beside(leaders):
+            again = self.beside.race_plans(leaders, trials)
+            plans = [trial for trial in again if trial.trial_id in names]
+            fastest = min(plans, key=lambda trial: relative_latency(trial) or 0.0, default=None)
+            self._fastest_of[names] = fastest.trial_id if fastest else None
+        return self._fastest_of.get(names)
 
     def _has_time_beside(self, racers: Sequence[Trial]) -> bool:
         seconds = self.beside.seconds(len(racers))
@@ -344,7 +344,12 @@ class Workbench:
         call_s = self.call_s()
         num_calls = -(-num_test // self.deployment.batch_size)
         return final_seconds(
-            num_calls, call_s, relative * call_s, self.budget.time_s, num_artefacts
+            num_calls,
+            call_s,
+            relative * call_s,
+            self.budget.time_s,
+            num_artefacts,
+            self.beside.most_seconds if num_artefacts > 1 else 0.0,
         )
 
     def _profile(self) -> Profile | None:

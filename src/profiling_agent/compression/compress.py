@@ -85,7 +85,7 @@ class Compressor:
             self.model,
             self.moments,
             self.calibration_batches(batch_size=GRADIENT_BATCH),
-            has_classes=self.workload.record.task.num_classes is not None,
+            has_classes=self.workload.record.task.has_classes,
         )
 
     def calibration_batches(
@@ -171,7 +171,7 @@ class Compressor:
             fitted=lambda: batches(held=False),
             held=lambda: batches(held=True),
             recalibrate=lambda: self._recalibrate(smaller, kept),
-            has_classes=self.workload.record.task.num_classes is not None,
+            has_classes=self.workload.record.task.has_classes,
         )
 
     @torch.inference_mode()

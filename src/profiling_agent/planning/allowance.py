@@ -27,7 +27,6 @@ from profiling_agent.planning.history import (
     controls,
     holds,
     is_clearly_over,
-    is_feasible,
     pair_of,
     search_drop,
 )
@@ -44,6 +43,10 @@ HELD, STEP = 0.9, 1.25
 """What held so near to what is aimed at leads the search on, by that factor."""
 LEAST_ROOM = 0.1
 """Of the divergence at 0.8 of the budget, for pruning where quantizing alone has used it up."""
+OWN = 2
+"""Plans of a runtime and scheme that hold, after which the others' say nothing of it."""
+COLLAPSED = 1 / 8
+"""Of the cuts of a plan that collapsed: what is tried next."""
 MOST_BEYOND = 200.0
 """How far the divergence of a whole plan may lie from the sum of its parts, to be believed."""
 
@@ -58,6 +61,8 @@ def next_allowance(
         held = _held(profile, history, budget, pair)
         first = _first(points(budget, history))
         allowance = _bounded(aimed, most, held, high, first=first)
+        collapsed = _below_collapse(profile, history, pair, held)
+        allowance = allowance if collapsed is None else min(allowance, collapsed)
         elsewhere = _below_what_failed_elsewhere(profile, history, budget, pair)
         return allowance if elsewhere is None else min(allowance, elsewhere), high
     shrink = _shrink(profile, history, budget, pair, high)
@@ -92,7 +97,7 @@ def _fitted_allowance(
     if predicted > 0.0 and (apart >= wanted or needs_rescue(pair, history, budget)):
         return wanted / _over_predicted(profile, history, pair)  # layers have to stay float
     room = max(wanted - apart, LEAST_ROOM * wanted)
-    return predicted + room / _beyond_sums(profile, history, pair)
+    return predicted + room / _beyond_sums(profile, history, budget, pair)
 
 
 def _over_predicted(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
@@ -107,11 +112,15 @@ def _over_predicted(profile: Profile, history: Sequence[Trial], pair: Pair) -> f
     return max(sum(known) / len(known), 1e-6) if known else 1.0
 
 
-def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
-    """What pruning plans diverged over the sum of their groups: of this pair's trials or of all,
-    whichever is more, 1 before there are any. Cuts made together cost more than one by one."""
-    known = controls(history)
+def _beyond_sums(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair) -> float:
+    """What pruning plans diverged over the sum of their groups; 1 before there are any.
+
+    Of this pair's trials or of all, whichever is more; of this pair's once enough of them hold.
+    Cuts made together cost more than one by one.
+    """
+    known, slope = controls(history), fitted_slope(history, budget)
     ratios: dict[Pair, list[float]] = {}
+    num_held = 0
     for trial in history:
         control, alone = known.get(pair_of(trial)), _pruning_kl(profile, trial.plan)
         base, apart = divergence(control) if control else None, divergence(trial)
@@ -122,8 +131,11 @@ def _beyond_sums(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
             base *= (predict_kl(profile, trial.plan) - alone) / whole
         # relative errors are alike, so each trial's ratio counts the same
         ratios.setdefault(pair_of(trial), []).append(max(0.0, apart - base) / alone)
+        num_held += pair_of(trial) == pair and holds(trial, slope, budget)
+    own = ratios.get(pair, [])
     everywhere = [ratio for each in ratios.values() for ratio in each]
-    means = [sum(each) / len(each) for each in (ratios.get(pair, []), everywhere) if each]
+    asked = (own,) if num_held >= OWN else (own, everywhere)
+    means = [sum(each) / len(each) for each in asked if each]
     return min(MOST_BEYOND, max(1 / MOST_BEYOND, max(means, default=1.0)))
 
 
@@ -148,6 +160,21 @@ def _bounded(aimed: float, most: float, held: float, high: float | None, *, firs
     if held >= HELD * aimed:
         aimed = max(held, min(STEP * held, most))
     return min(aimed, max(2 * first, 4 * held) if high is None else high / SEARCH_ENDED)
+
+
+def _below_collapse(
+    profile: Profile, history: Sequence[Trial], pair: Pair, held: float
+) -> float | None:
+    """What is tried after a plan of the pair that collapsed, which has no divergence to learn from:
+    half-way (in logarithms) to what held, or an eighth of its cuts; ``None`` without such."""
+    screened = [t for t in history if pair_of(t) == pair and t.status == "screened"]
+    if not screened:
+        return None
+    trial = min(screened, key=lambda trial: predict_kl(profile, trial.plan))
+    kl, cuts = predict_kl(profile, trial.plan), _pruning_kl(profile, trial.plan)
+    if 0.0 < held < kl:
+        return math.sqrt(held * kl)
+    return kl - cuts * (1 - COLLAPSED) if 0.0 < cuts <= kl else kl * COLLAPSED
 
 
 def needs_rescue(pair: Pair, history: Sequence[Trial], budget: Budget) -> bool:
@@ -206,11 +233,11 @@ def _below_what_failed_elsewhere(
 ) -> float | None:
     """The divergence to try next by what pruning lost in other pairs; ``None`` when that says
     nothing: not where the pair's own trials went further and held, and never to end its search."""
-    own = controls(history).get(pair)
+    own, slope = controls(history).get(pair), fitted_slope(history, budget)
     held = [
         _pruning_kl(profile, trial.plan)
         for trial in history
-        if pair_of(trial) == pair and not trial.is_control and is_feasible(trial, budget)
+        if pair_of(trial) == pair and not trial.is_control and holds(trial, slope, budget)
     ]
     low = max(held, default=0.0)
     beyond = [(kl, t) for kl, t in _lost_elsewhere(profile, history, budget, pair) if kl > low]
@@ -228,13 +255,13 @@ def _lost_elsewhere(
 ) -> Iterator[tuple[float, Trial]]:
     """The trials of other pairs that pruning, not their scheme, put over the budget; with the
     divergence of their cuts alone."""
-    known = controls(history)
+    known, slope = controls(history), fitted_slope(history, budget)
     for trial in history:
         control = known.get(pair_of(trial))
         if trial.is_control or pair_of(trial) == pair or control is None:
             continue
         kl = _pruning_kl(profile, trial.plan)
-        if kl > 0 and is_feasible(control, budget) and _is_beyond(trial, control, budget):
+        if kl > 0 and holds(control, slope, budget) and _is_beyond(trial, control, budget):
             yield kl, trial
 
 
@@ -266,13 +293,13 @@ def _shrink(
         drop = search_drop(trial)
         if pair_of(trial) == pair and drop and predict_kl(profile, trial.plan) == high:
             return _shrink_by(drop, budget)
-    return 1 / 8
+    return COLLAPSED
 
 
 def _shrink_by(drop: float | None, budget: Budget) -> float:
     if drop is None:
-        return 1 / 8
-    return min(1 / 2, max(1 / 8, 0.8 * budget.max_drop / drop)) if drop > 0 else 1 / 2
+        return COLLAPSED
+    return min(1 / 2, max(COLLAPSED, AIM * budget.max_drop / drop)) if drop > 0 else 1 / 2
 
 
 def _crossing(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from profiling_agent.planning.drops import fitted_slope
 from profiling_agent.planning.estimate import (
     group_options,
     predict_kl,
@@ -19,7 +20,7 @@ from profiling_agent.planning.history import (
     Pair,
     controls,
     feasible,
-    is_feasible,
+    holds,
     pair_of,
     relative_latency,
 )
@@ -84,11 +85,12 @@ class Uniform:
         pair = best_pair(history, budget)
         if pair is None or not profile.groups:
             return None
+        slope = fitted_slope(history, budget)
         low, high = 0.0, 0.9
         mine = [t for t in history if t.plan.pruning and pair_of(t) == pair]
         for trial in mine:
             ratio = trial.plan.pruning[0].ratio
-            if is_feasible(trial, budget):
+            if holds(trial, slope, budget):
                 low = max(low, ratio)
             else:  # a failed one too, or it would be proposed for ever
                 high = min(high, ratio)
@@ -146,7 +148,8 @@ class Greedy:
             if good
             else {}
         )
-        bad = sum(1 for t in mine if t.plan.pruning and not is_feasible(t, budget))
+        slope = fitted_slope(history, budget)
+        bad = sum(1 for t in mine if t.plan.pruning and not holds(t, slope, budget))
         num_steps = max(1, (1 + len(ids) // 4) >> bad)
         for _ in range(num_steps + 10):
             step = _best_step(profile, ratios)

@@ -32,6 +32,10 @@ MISFIT = 0.3
 """How far, as a share of the line's drop, plans lie about the line besides the samples' noise."""
 BLUR = 0.1
 """Of the budget: what the line's drop is unsure by where the divergence is nothing."""
+LEAST = 1e-5
+"""Of that blur: no point is known better than to this, so that nothing is divided by zero."""
+DOUBT = 1.0
+"""Twice the logarithm of a likelihood ratio that is taken for chance, or rounding."""
 SHARED = 0.15
 """Of the slope: what is left unknown however many trials there are, since all share the samples."""
 
@@ -77,8 +81,8 @@ def divergence(trial: Trial) -> float | None:
 def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
     """Bayesian linear regression through nothing; ``None`` without a divergence to go by.
 
-    Where every changed answer is a loss, on the root of the divergence or on itself, whichever fits
-    the trials better.
+    Where every changed answer is a loss, on the root of the divergence, which expects more of small
+    ones, unless the line fits the trials clearly better.
     """
     in_points = points(budget, history)
     if in_points <= 0.0 or budget.max_drop <= 0.0:
@@ -98,8 +102,9 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
     if not any(_every_change_is_loss(trial, budget) for trial in history):
         return _fit(known, line)
     root = Slope(value=unit * CHANGED, deviation=unit * CHANGED, power=0.5, blur=blur)
-    fits = [_fit(known, replace(prior, is_loss=True)) for prior in (root, line)]
-    return min(fits, key=lambda slope: _unlikelihood(known, slope))
+    careful, other = (_fit(known, replace(prior, is_loss=True)) for prior in (root, line))
+    ahead = _unlikelihood(known, careful) - _unlikelihood(known, other)
+    return other if ahead > DOUBT else careful
 
 
 _Point = tuple[float, float, float]
@@ -107,12 +112,12 @@ _Point = tuple[float, float, float]
 
 
 def _fit(known: Sequence[_Point], prior: Slope) -> Slope:
-    slope = prior
+    slope, least = prior, (LEAST * prior.blur) ** 2
     for _ in range(2):  # the misfit of a point follows from the slope
         precision, weighted = prior.deviation**-2, prior.value * prior.deviation**-2
         for apart, drop, error in known:
             along = apart**prior.power
-            weight = 1.0 / (error**2 + (MISFIT * slope.value * along) ** 2 + 1e-12)
+            weight = 1.0 / (error**2 + (MISFIT * slope.value * along) ** 2 + least)
             precision += weight * along**2
             weighted += weight * along * drop
         value = max(weighted / precision, 0.1 * prior.value)
@@ -126,7 +131,7 @@ def _unlikelihood(known: Sequence[_Point], slope: Slope) -> float:
     total = 0.0
     for apart, drop, error in known:
         line = slope.drop_at(apart)
-        variance = error**2 + (MISFIT * line) ** 2 + 1e-12
+        variance = error**2 + (MISFIT * line) ** 2 + (LEAST * slope.blur) ** 2
         total += (drop - line) ** 2 / variance + math.log(variance)
     return total
 

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from profiling_agent.planning.drops import fitted_slope
 from profiling_agent.planning.history import (
     Pair,
     controls,
+    holds,
     is_clearly_over,
-    is_feasible,
     pair_of,
     relative_latency,
 )
@@ -195,11 +196,12 @@ def likely_to_serve(history: Sequence[Trial], budget: Budget) -> list[Trial]:
 
     An int8 scheme over the budget can keep layers float; a float one can't be saved by pruning.
     """
+    slope = fitted_slope(history, budget)
     usable = [
         trial
         for pair, trial in controls(history).items()
         if relative_latency(trial) is not None
-        and (is_feasible(trial, budget) or pair.scheme.startswith("int8"))
+        and (holds(trial, slope, budget) or pair.scheme.startswith("int8"))
     ]
     return sorted(usable, key=lambda trial: relative_latency(trial) or 0.0)[:LIKELY]
 

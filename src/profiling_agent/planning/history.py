@@ -52,11 +52,6 @@ def trial_value(trial: Trial, budget: Budget) -> float | None:
     return objective_value(trial.evaluation, budget) if trial.evaluation else None
 
 
-def is_feasible(trial: Trial, budget: Budget) -> bool:
-    """Done, and within the budget on the search split by point estimate."""
-    return trial.status == "done" and within(search_drop(trial), budget)
-
-
 def within(drop: float | None, budget: Budget) -> bool:
     return drop is not None and drop <= budget.max_drop * (1 + 1e-9)
 
@@ -75,12 +70,14 @@ def is_clearly_over(trial: Trial, budget: Budget) -> bool:
     return accuracy.drop.low > budget.max_drop
 
 
-def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
+def feasible(
+    trials: Sequence[Trial], budget: Budget, known: Sequence[Trial] | None = None
+) -> list[Trial]:
     """Done trials that hold and whose objective was measured, best first; ties keep their order.
 
-    ``trials`` are to be all of the run: they tell of each other.
+    They are judged by all that is ``known`` of the model, which are the same trials by default.
     """
-    slope = fitted_slope(trials, budget)
+    slope = fitted_slope(trials if known is None else known, budget)
     good = [
         trial
         for trial in trials

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from profiling_agent.errors import MissingDependency
 from profiling_agent.planning.check import check_plan
 from profiling_agent.planning.controls import best_pair
+from profiling_agent.planning.drops import Slope, expected_drop, fitted_slope
 from profiling_agent.planning.estimate import (
     base_latency,
     layer_gains,
@@ -31,7 +32,7 @@ from profiling_agent.planning.estimate import (
     saving_scale,
     worth_trying,
 )
-from profiling_agent.planning.history import Pair, search_drop, trial_value
+from profiling_agent.planning.history import Pair, trial_value
 from profiling_agent.planning.planner import Proposal
 from profiling_agent.planning.solver import expected, make_plan
 from profiling_agent.records.common import Budget
@@ -198,10 +199,13 @@ def past_trials(
         if (trial.is_control or trial.author == author)
         and (params := space.encode(trial.plan)) is not None
     ]
-    return [_frozen(space, trial, params, budget) for trial, params in points]
+    slope = fitted_slope(history, budget)
+    return [_frozen(space, trial, params, budget, slope) for trial, params in points]
 
 
-def _frozen(space: Space, trial: Trial, params: Params, budget: Budget) -> FrozenTrial:
+def _frozen(
+    space: Space, trial: Trial, params: Params, budget: Budget, slope: Slope | None
+) -> FrozenTrial:
     """Nothing is made up: what was not measured is left out.
 
     A failed trial, or one without a measured drop, says nothing (FAIL: TPE leaves it out). One that
@@ -210,13 +214,13 @@ def _frozen(space: Space, trial: Trial, params: Params, budget: Budget) -> Froze
     """
     from optuna.trial import TrialState, create_trial
 
-    drop, value = search_drop(trial), trial_value(trial, budget)
+    drop, value = expected_drop(trial, slope), trial_value(trial, budget)
     state, constraints = TrialState.FAIL, None
     if trial.status == "screened":
         state, constraints = TrialState.PRUNED, {DROP: math.inf}
     elif trial.status == "done" and drop is not None:
         state = TrialState.PRUNED if value is None else TrialState.COMPLETE
-        constraints = {DROP: drop - budget.max_drop * (1 + 1e-9)}  # as is_feasible
+        constraints = {DROP: drop - budget.max_drop * (1 + 1e-9)}  # as within
     return create_trial(
         state=state,
         value=value if state == TrialState.COMPLETE else None,

@@ -43,10 +43,11 @@ class Divergence:
         self,
         model: nn.Module,
         batches: Sequence[Mapping[str, Tensor]],
-        num_classes: int | None,
+        *,
+        has_classes: bool,
     ) -> None:
         self._prefix = Prefix(model, batches)
-        self._has_classes = num_classes is not None
+        self._has_classes = has_classes
         self._original = [self._output(logits) for logits in self._prefix.first]
         self.num_images = sum(len(output) for output in self._original)
         together = torch.cat(self._original)

@@ -107,7 +107,9 @@ def _sensitivities(
     left = max(1.0, deadline - now())
     images = affordable_images(compressor, num_evaluations, left)
     divergence = Divergence(
-        model, calibration_inputs(compressor, images), compressor.workload.record.task.num_classes
+        model,
+        calibration_inputs(compressor, images),
+        has_classes=compressor.workload.record.task.has_classes,
     )
     layers: list[LayerQuantization] = []
     example = compressor.workload.example(deployment.batch_size)

@@ -35,6 +35,9 @@ class Attempt(Record):
     measured_as: str | None = Field(description="the trial whose measurement this is")
     is_cached: bool = Field(description="an arm before has the same measurement")
     reason: str = Field(default="", description="why there is no trial")
+    holds: bool = Field(
+        default=False, description="expected within the budget, by all that was measured"
+    )
 
 
 class Arm(Record):

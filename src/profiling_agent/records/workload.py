@@ -141,6 +141,11 @@ class Task(Record):
     class_names: tuple[str, ...] = ()
     answers: tuple[int, ...] = ()
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether outputs are logits of classes to choose from."""
+        return (self.num_classes or 0) > 1
+
 
 class WorkloadRecord(Record):
     """The workload without its tensors."""

@@ -95,8 +95,7 @@ def _row(record: AblationRecord, arms: tuple[Arm, ...]) -> Row:
     finals = [arm.gains[-1] for arm in ran]
     volumes = [arm.hypervolume for arm in ran if arm.hypervolume is not None]
     attempts = [attempt for arm in ran for attempt in arm.attempts]
-    limit = record.settings.search.budget.max_drop
-    good = sum(_is_feasible(attempt.trial, limit) for attempt in attempts)
+    good = sum(attempt.holds for attempt in attempts)
     usages = [arm.usage for arm in ran if arm.usage is not None]
     rejected = sum(guard.action == "rejected" for arm in ran for guard in arm.guards)
     tokens = sum(u.input_tokens + u.output_tokens for u in usages)
@@ -118,12 +117,6 @@ def _row(record: AblationRecord, arms: tuple[Arm, ...]) -> Row:
         if arm.ended
     )
     return Row(name=name, under=under, cells=cells, note="; ".join(notes))
-
-
-def _is_feasible(trial: object, limit: float) -> bool:
-    evaluation = getattr(trial, "evaluation", None)
-    accuracy = evaluation.on("search") if evaluation else None
-    return bool(accuracy and accuracy.drop and accuracy.drop.estimate <= limit * (1 + 1e-9))
 
 
 def _spread(values: Sequence[float | None], show: Callable[[float], str]) -> tuple[str, str]:

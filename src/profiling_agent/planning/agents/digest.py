@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import regex
 
 from profiling_agent.planning.agents.folding import NUMBER, Fold, fold, shown
+from profiling_agent.planning.drops import Slope, expected_drop, fitted_slope
 from profiling_agent.planning.estimate import (
     kl_at,
     layer_gains,
@@ -25,7 +26,7 @@ from profiling_agent.planning.history import (
     Pair,
     controls,
     feasible,
-    is_feasible,
+    holds,
     pair_of,
     relative_latency,
     search_drop,
@@ -111,14 +112,14 @@ def _situation(profile: Profile, budget: Budget) -> str:
 
 def _controls(history: Sequence[Trial], budget: Budget) -> str:
     """What runtimes give without any plan, the fastest first."""
+    slope = fitted_slope(history, budget)
     lines: list[tuple[float, str]] = []
     for pair, trial in controls(history).items():
-        time, drop = relative_latency(trial), search_drop(trial)
+        time = relative_latency(trial)
         if time is None:
             continue
-        fits = "" if is_feasible(trial, budget) else " OVER BUDGET"
-        lost = "?" if drop is None else f"{drop:.2f}"
-        lines.append((time, f"{pair.runtime} {pair.scheme} | {time:.3f} | {lost}{fits}"))
+        lost = _lost(trial, slope, budget)
+        lines.append((time, f"{pair.runtime} {pair.scheme} | {time:.3f} | {lost}"))
     if not lines:
         return ""
     head = "OFF THE SHELF, measured: runtime scheme | time over eager | lost"
@@ -284,26 +285,33 @@ def _trials(history: Sequence[Trial], budget: Budget, limit: int) -> str:
         return "TRIALS none yet"
     best = [trial for trial in feasible(history, budget) if not trial.is_control]
     lines = ["TRIALS: id, author | plan | predicted, measured time over eager | lost | guards"]
-    lines += [_trial_row(trial, history, budget) for trial in ours[-limit:]]
+    slope = fitted_slope(history, budget)
+    lines += [_trial_row(trial, history, budget, slope) for trial in ours[-limit:]]
     if best:
         lines.append(f"The best of them within the budget is {best[0].trial_id}.")
     return "\n".join(lines)
 
 
-def _trial_row(trial: Trial, history: Sequence[Trial], budget: Budget) -> str:
+def _lost(trial: Trial, slope: Slope | None, budget: Budget) -> str:
+    """What was measured, what is likely where that is another figure, and whether it holds."""
+    drop, likely = search_drop(trial), expected_drop(trial, slope)
+    if drop is None or likely is None:
+        return "?"
+    figures = f"{drop:.2f}", f"{likely:.2f}"
+    lost = figures[0] if figures[0] == figures[1] else f"{figures[0]} (likely {figures[1]})"
+    return lost if holds(trial, slope, budget) else f"{lost} OVER BUDGET"
+
+
+def _trial_row(trial: Trial, history: Sequence[Trial], budget: Budget, slope: Slope | None) -> str:
     plan = trial.plan
     lines = [f"{shown(line.match)} {line.ratio:g}" for line in plan.pruning[:6]]
     more = f" and {len(plan.pruning) - 6} more" if len(plan.pruning) > 6 else ""
     cut = f"prune {'; '.join(lines)}{more}" if lines else "prune nothing"
     kept = len(plan.quantization.keep_float)
-    time, drop = relative_latency(trial), search_drop(trial)
+    time, outcome = relative_latency(trial), _lost(trial, slope, budget)
     result = "?" if time is None else f"{time:.3f}"
     if trial.status != "done":
         outcome = f"{trial.status.upper()}: {shown(trial.reason)}"
-    elif drop is None:
-        outcome = "?"
-    else:
-        outcome = f"{drop:.2f}" + ("" if is_feasible(trial, budget) else " OVER BUDGET")
     changed = f" | guards: {shown(trial.changed, MAX_CHANGED)}" if trial.changed else ""
     return (
         f"{trial.trial_id}, {trial.author} | {trial.label}, {cut}, {kept} layers float | "
