@@ -206,7 +206,9 @@ class TestExpectedDrop:
         assert slope.value == pytest.approx(33.0, rel=0.1)
 
     @pytest.mark.parametrize("apart", [0.0, 1e-12])
-    def test_where_nothing_tells_the_laws_apart_the_careful_one_is_taken(self, apart: float) -> None:
+    def test_where_nothing_tells_the_laws_apart_the_careful_one_is_taken(
+        self, apart: float
+    ) -> None:
         """A float control that answers as the original does says nothing of either."""
         same = control(FP32, 0.8, 0.0, apart)
         assert same.evaluation is not None

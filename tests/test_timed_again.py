@@ -21,7 +21,6 @@ from profiling_agent.evaluation.predictor import LivePredictor
 from profiling_agent.finish import Finish
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.planning.decide import best_control
-from profiling_agent.planning.history import feasible
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Evaluation, Speedup
 from profiling_agent.records.plan import Plan
