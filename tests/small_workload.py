@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,14 @@ def make_data(num_samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train() -> Net:
-    """A network that is right on about 95 % of new points."""
+    """A network that is right on about 95 % of new points; trained once, a new copy each time."""
+    net = Net()
+    net.load_state_dict(_trained())
+    return net.eval()
+
+
+@cache
+def _trained() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
@@ -102,7 +110,7 @@ def train() -> Net:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return net.eval()
+    return net.state_dict()
 
 
 def write_project(folder: Path, num_samples: int = 3000) -> Path:
