@@ -275,7 +275,7 @@ def _is_beyond(trial: Trial, control: Trial, budget: Budget) -> bool:
     """Whether it lost more than the budget over its control, with confidence."""
     if trial.status == "screened":
         return True
-    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    accuracy = trial.on_search
     if trial.status != "done" or accuracy is None or accuracy.drop is None:
         return False
     return accuracy.drop.low - max(0.0, search_drop(control) or 0.0) > budget.max_drop

@@ -85,7 +85,7 @@ def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Can
 def _expected_width(trial: Trial, num_test: int) -> float:
     """How far above the drop its one-sided bound would lie on the test split, by the search split's
     rates."""
-    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    accuracy = trial.on_search
     if accuracy is None or accuracy.drop is None:
         return math.inf
     normal = NormalDist()

@@ -66,7 +66,7 @@ def points(budget: Budget, history: Sequence[Trial]) -> float:
     if budget.unit == "points":
         return budget.max_drop
     for trial in history:
-        accuracy = _on_search(trial)
+        accuracy = trial.on_search
         if trial.is_control and trial.status == "done" and accuracy and accuracy.value != 0.0:
             return min(MAX_POINTS, 100.0 * budget.max_drop / abs(accuracy.value))
     return 1.0
@@ -74,7 +74,7 @@ def points(budget: Budget, history: Sequence[Trial]) -> float:
 
 def divergence(trial: Trial) -> float | None:
     """Of the trial's outputs from the original's on the search samples, if that was recorded."""
-    accuracy = _on_search(trial)
+    accuracy = trial.on_search
     return None if accuracy is None else accuracy.divergence
 
 
@@ -91,7 +91,7 @@ def fitted_slope(history: Sequence[Trial], budget: Budget) -> Slope | None:
         (max(0.0, apart), accuracy.drop.estimate, _deviation(accuracy))
         for trial in history
         if trial.status == "done"
-        and (accuracy := _on_search(trial)) is not None
+        and (accuracy := trial.on_search) is not None
         and accuracy.drop is not None
         and (apart := accuracy.divergence) is not None
     ]
@@ -139,7 +139,7 @@ def _unlikelihood(known: Sequence[_Point], slope: Slope) -> float:
 def expected_drop(trial: Trial, slope: Slope | None) -> float | None:
     """In the metric's unit; the drop as it was measured where there is no divergence to go by,
     ``None`` where that is missing too."""
-    accuracy = _on_search(trial)
+    accuracy = trial.on_search
     if accuracy is None or accuracy.drop is None:
         return None
     own, apart = accuracy.drop.estimate, accuracy.divergence
@@ -162,14 +162,10 @@ def expected_drops(history: Sequence[Trial], budget: Budget) -> Mapping[str, flo
 
 def _every_change_is_loss(trial: Trial, budget: Budget) -> bool:
     """Whether the original is right on all: on agreement with it by definition."""
-    accuracy = _on_search(trial)
+    accuracy = trial.on_search
     if budget.unit != "points" or accuracy is None or accuracy.drop is None:
         return False
     return abs(accuracy.value + accuracy.drop.estimate - 100.0) < 1e-9
-
-
-def _on_search(trial: Trial) -> Accuracy | None:
-    return trial.evaluation.on("search") if trial.evaluation else None
 
 
 def _deviation(accuracy: Accuracy) -> float:

@@ -21,7 +21,7 @@ class Pair:
 
 def search_drop(trial: Trial) -> float | None:
     """Points lost on the search split, or ``None`` when it was not measured there."""
-    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    accuracy = trial.on_search
     return accuracy.drop.estimate if accuracy and accuracy.drop else None
 
 
@@ -64,7 +64,7 @@ def holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
 
 def is_clearly_over(trial: Trial, budget: Budget) -> bool:
     """Over the budget on search, even by the lower end of the drop's interval; or not measured."""
-    accuracy = trial.evaluation.on("search") if trial.evaluation else None
+    accuracy = trial.on_search
     if trial.status != "done" or accuracy is None or accuracy.drop is None:
         return True
     return accuracy.drop.low > budget.max_drop

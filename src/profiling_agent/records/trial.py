@@ -8,7 +8,7 @@ from pydantic import Field
 
 from profiling_agent.records.base import Record
 from profiling_agent.records.common import Budget, Deployment, Evidence, Interval, Machine, Timing
-from profiling_agent.records.evaluation import Achieved, Evaluation
+from profiling_agent.records.evaluation import Accuracy, Achieved, Evaluation
 from profiling_agent.records.llm import Guard, LlmSettings, LlmUsage
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.workload import WorkloadRecord
@@ -43,6 +43,11 @@ class Trial(Record):
     )
     seconds: float = 0.0
     isolation: Literal["process", "none"] = "process"
+
+    @property
+    def on_search(self) -> Accuracy | None:
+        """Its accuracy on the search split, where that was measured."""
+        return self.evaluation.on("search") if self.evaluation else None
 
     @property
     def label(self) -> str:

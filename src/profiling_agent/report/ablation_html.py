@@ -60,7 +60,7 @@ def _attempts_of(record: AblationRecord, arm: Arm) -> list[str]:
         if trial is None:
             facts = (cell(attempt.reason, "no trial", kind="words"), cell(DASH), cell(DASH))
         else:
-            accuracy = trial.evaluation.on("search") if trial.evaluation else None
+            accuracy = trial.on_search
             drop = accuracy.drop.estimate if accuracy and accuracy.drop else None
             speed = trial.evaluation.speedup if trial.evaluation else None
             measured = f"measured as {attempt.measured_as}"
