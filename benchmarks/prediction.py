@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from profiling_agent.acquisition.request import Request
 from profiling_agent.building import WorkerBuilder
 from profiling_agent.compression.compress import Compressor
 from profiling_agent.errors import ProfilingAgentError
-from profiling_agent.evaluation.measure import TRIAL, race
-from profiling_agent.evaluation.predictor import ProbeProcess
+from profiling_agent.evaluation.measure import TRIAL, Protocol, Race, race
+from profiling_agent.evaluation.predictor import Predictor, ProbeProcess
+from profiling_agent.evaluation.watch import Slowed
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.machine.threads import default_threads
 from profiling_agent.planning.estimate import predict_saved_share
@@ -56,6 +58,10 @@ class Runner:
 
     builder: WorkerBuilder
     deployment: Deployment
+    split: Path
+
+    def race(self, racers: Mapping[str, Predictor], protocol: Protocol) -> tuple[Race, Slowed]:
+        return race(racers, self.split, protocol), Slowed()
 
     def open(self, folder: Path, runtime: str) -> ProbeProcess:
         return ProbeProcess.artefact(folder, runtime, self.deployment)
@@ -104,7 +110,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         call_s = profile.total.median_ms / 1e3 if profile.total else 0.1
         with contextlib.closing(WorkerBuilder(data)) as builder:
-            runner = Runner(builder=builder, deployment=deployment)
+            runner = Runner(builder=builder, deployment=deployment, split=data / "calibration")
             control = Trial(
                 trial_id="c1", plan=plan_of(pair, {}, "off the shelf"), author="control",
                 is_control=True, status="done",
@@ -112,7 +118,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             builder.build(control.plan, folder / "c1", deployment)
             tables, missing = measure_deployed_widths(
                 runner,  # pyright: ignore[reportArgumentType]
-                profile, [control], folder / "width", data / "calibration",
+                profile, [control], folder / "width",
                 control_folder=lambda trial_id: folder / trial_id,
                 seconds=args.seconds, call_s=call_s,
             )  # fmt: skip

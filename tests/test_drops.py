@@ -150,12 +150,12 @@ class TestExpectedDrop:
 
     def test_the_slope_starts_at_the_prior_and_follows_the_trials(self) -> None:
         first = fitted_slope([control(FP32, 0.8)], BUDGET)
-        assert first is not None and first.value == pytest.approx(1 / KL_PER_POINT)
+        assert first is not None and first.value == pytest.approx(1 / KL_PER_POINT, rel=0.01)
         trials = [judged(f"t{i}", pruning(0.5), 0.5, 0.2 * i, 0.01 * i) for i in range(1, 9)]
         slopes = [fitted_slope(trials[:count], BUDGET) for count in (1, 3, 8)]
         values = [slope.value for slope in slopes if slope]
-        assert first.value > values[0] > values[1] > values[2] > 20.0
-        assert values[2] == pytest.approx(20.0, rel=0.1)
+        assert first.value > values[0] > 20.0
+        assert values[1:] == pytest.approx([20.0, 20.0], rel=0.1)
         unsure = [slope.deviation for slope in slopes if slope]
         assert unsure[0] > unsure[1] > unsure[2]
 
@@ -167,7 +167,9 @@ class TestExpectedDrop:
         accuracy = make_accuracy("search", 0.8, 0.0, divergence=0.0)
         evaluation = plain.evaluation.model_copy(update={"accuracy": (accuracy,)})
         slope = fitted_slope([plain.model_copy(update={"evaluation": evaluation})], budget)
-        assert slope is not None and slope.value == pytest.approx(0.004 / 0.5 / KL_PER_POINT)
+        assert slope is not None and slope.value == pytest.approx(
+            0.004 / 0.5 / KL_PER_POINT, rel=0.01
+        )
 
     def test_where_every_changed_answer_is_a_loss_the_drop_is_known_as_it_is(self) -> None:
         """Agreement with the original: 2 % change at 0.004 nats, 4 % at four times that."""
@@ -237,6 +239,58 @@ class TestExpectedDrop:
             assert slope is not None
             values.append(slope.value / unit)
         assert values[1] == pytest.approx(values[0], rel=1e-3)
+
+    def test_many_trials_tell_little_more_than_two_since_all_are_judged_on_the_same_samples(
+        self,
+    ) -> None:
+        def deviation(num_trials: int) -> float:
+            trials = [
+                judged(f"t{i}", pruning(0.5), 0.5, 0.2, 0.01) for i in range(1, num_trials + 1)
+            ]
+            slope = fitted_slope([control(FP32, 0.8), *trials], BUDGET)
+            assert slope is not None and slope.value == pytest.approx(20.0, rel=0.5)
+            return slope.deviation
+
+        assert deviation(2) < 0.95 * deviation(1)
+        assert 0.7 * deviation(2) < deviation(50) < deviation(2)
+
+    @pytest.mark.parametrize("noise", [0.004, 0.04])
+    def test_the_first_guess_is_what_noise_on_the_logits_costs(self, noise: float) -> None:
+        history = [costing_noise(control(FP32, 0.8), noise)]
+        slope = fitted_slope(history, BUDGET)
+        assert slope is not None and slope.value == pytest.approx(0.5 / noise, rel=0.02)
+        clear = costing_noise(judged("t1", pruning(0.9), 0.3, 9.0, 0.1), noise)
+        slope = fitted_slope([*history, clear], BUDGET)
+        assert slope is not None and 70.0 < slope.value < 100.0  # and a trial corrects it
+
+    def test_where_every_change_is_a_loss_the_law_that_affords_less_is_followed(self) -> None:
+        """Controls that change nothing fit any law; a root then seems to afford everything."""
+        loses_nothing = [
+            costing_noise(agreeing(f"c{i}", 0.0, apart), 0.03)
+            for i, apart in enumerate((0.0, 3e-6, 3e-4, 3e-4), start=1)
+        ]
+        slope = fitted_slope(loses_nothing, BUDGET)
+        assert slope is not None and slope.is_loss
+        assert slope.divergence_at(0.5) < 0.04
+
+
+def agreeing(trial_id: str, drop: float, apart: float) -> Trial:
+    """Of agreement with the original, of which all lose from 100 percent."""
+    trial = judged(trial_id, pruning(0.5), 0.5, drop, apart)
+    return with_accuracy(trial, value=100.0 - drop, drop=make_interval(drop, 0.09))
+
+
+def costing_noise(trial: Trial, noise: float) -> Trial:
+    return with_accuracy(trial, noise_divergence=noise)
+
+
+def with_accuracy(trial: Trial, **fields: object) -> Trial:
+    evaluation = trial.evaluation
+    assert evaluation is not None
+    (accuracy,) = evaluation.accuracy
+    accuracy = accuracy.model_copy(update=fields)
+    evaluation = evaluation.model_copy(update={"accuracy": (accuracy,)})
+    return trial.model_copy(update={"evaluation": evaluation})
 
 
 class TestWhatIsNominated:
@@ -340,7 +394,7 @@ class TestWhereTheNextPlanIs:
         slope = fitted_slope([*history, tried], BUDGET)
         assert slope is not None
         assert after == pytest.approx(AIM * 0.5 / slope.value / 4)
-        assert before == pytest.approx(AIM * 0.5 * KL_PER_POINT)
+        assert before == pytest.approx(AIM * 0.5 * KL_PER_POINT, rel=0.01)
 
     def test_int8_is_rescued_by_what_whole_plans_diverged(self) -> None:
         """Int8 diverges four times the sum of its layers and is over; once a plan with layers kept
@@ -408,7 +462,7 @@ class TestWhereTheNextPlanIs:
         bound, _ = next_allowance(profile, [*history, here[0]], BUDGET, FP32)
         free, _ = next_allowance(profile, [*history, *here], BUDGET, FP32)
         assert bound is not None and free is not None
-        assert free > 5 * bound
+        assert free > 1.9 * bound
 
     def test_quantizing_that_uses_the_budget_up_leaves_a_little_room(self) -> None:
         """The control is expected to lose what is aimed at; plans are milder, not none."""

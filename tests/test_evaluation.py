@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from profiling_agent.errors import TrialError
-from profiling_agent.evaluation.measure import Race, undisturbed
 from profiling_agent.evaluation.statistics import (
     Drop,
     accuracy_interval,
@@ -293,28 +292,3 @@ def test_closing_ends_a_paused_process_and_may_be_repeated(child: Child) -> None
     assert resident_bytes(pid) is None
     with pytest.raises(TrialError):
         child.ask({"do": "echo"}, 20)
-
-
-class TestDisturbance:
-    def races(self, *baseline_ms: float) -> tuple[Iterator[Race], list[Race]]:
-        made = [
-            Race(blocks={"baseline": [[ms] * 5] * 6, "t1": [[1.0] * 5] * 6}) for ms in baseline_ms
-        ]
-        return iter(made), made
-
-    def test_a_usual_race_is_run_once(self) -> None:
-        races, made = self.races(4.4, 99.0)
-        times, slower = undisturbed(lambda: next(races), "baseline", 4.0)
-        assert times is made[0] and slower == pytest.approx(1.1)
-
-    def test_a_disturbed_race_is_run_again_and_the_quieter_counts(self) -> None:
-        races, made = self.races(80.0, 4.0)
-        times, slower = undisturbed(lambda: next(races), "baseline", 4.0)
-        assert times is made[1] and slower == pytest.approx(1.0)
-        races, made = self.races(8.0, 80.0)
-        times, slower = undisturbed(lambda: next(races), "baseline", 4.0)
-        assert times is made[0] and slower == pytest.approx(2.0)
-
-    def test_without_a_usual_time_every_race_counts(self) -> None:
-        races, made = self.races(80.0)
-        assert undisturbed(lambda: next(races), "baseline", None) == (made[0], 1.0)

@@ -58,6 +58,19 @@ def test_a_race_is_doubted_by_what_the_original_took_in_it() -> None:
     assert timed_while_busy([screened]) == timed_while_busy([]) == []
 
 
+def test_a_race_is_doubted_by_what_the_fastest_control_took_in_it() -> None:
+    busy, quiet, alone = beside("t1", 0.65), beside("t2", 0.43), raced("t3", 2.0, 2.0)
+    assert timed_while_busy([busy, quiet, alone]) == [busy]
+    assert timed_while_busy([busy, alone]) == []
+
+
+def beside(trial_id: str, reference_ms: float) -> Trial:
+    trial = raced(trial_id, 2.0, 2.0)
+    assert trial.evaluation is not None
+    evaluation = trial.evaluation.model_copy(update={"reference_ms": reference_ms})
+    return trial.model_copy(update={"evaluation": evaluation})
+
+
 def test_a_trial_timed_again_takes_its_own_place(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     first, second, again = raced("c1", 1.0, 9.0), raced("c2", 1.0, 4.0), raced("c1", 1.0, 4.1)
@@ -119,6 +132,17 @@ def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
     assert beside.evaluation.accuracy == trial.evaluation.accuracy
     with pytest.raises(TrialError):
         runner.time_together([trial], lambda _: tmp_path / "gone", SHORT)
+    assert trial.evaluation.reference_ms is None
+    runner.watch([trial], lambda _: folder)
+    with contextlib.closing(runner):
+        plan = runner.run("t1", Plan(runtime="torch"), "solver", tmp_path / "t1", protocol=SHORT)
+        assert plan.evaluation is not None and plan.evaluation.reference_ms is not None
+        assert plan.evaluation.timing is not None
+        assert 0.2 < plan.evaluation.reference_ms / plan.evaluation.timing.median_ms < 5.0
+    runner.watch([trial], lambda _: tmp_path / "gone")
+    plan = runner.run("t2", Plan(runtime="torch"), "solver", tmp_path / "t2", protocol=SHORT)
+    assert plan.status == "done" and plan.evaluation is not None
+    assert plan.evaluation.reference_ms is None
 
 
 def slowed(evaluation: Evaluation, factor: float) -> Evaluation:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from profiling_agent.errors import PlanError
+from profiling_agent.evaluation.measure import Protocol, Race, race
+from profiling_agent.evaluation.watch import Slowed
 from profiling_agent.profiling.width_cache import WidthCache, default_folder
 from profiling_agent.records.common import Deployment, Machine
 from profiling_agent.records.patterns import assign, units_kept
@@ -37,7 +40,8 @@ class FakePredictor:
 class FakeRunner:
     """Builds nothing: a plan takes off a millisecond for each group that loses a half of it."""
 
-    def __init__(self, profile: Profile, refuses: str = "") -> None:
+    def __init__(self, profile: Profile, refuses: str = "", slowed: float = 1.0) -> None:
+        self._slowed = Slowed(factor=slowed)
         self.deployment, self.builder, self.plans = Deployment(), self, list[Plan]()
         self._widths, self._refuses = {g.id: g.width for g in profile.groups}, refuses
 
@@ -54,6 +58,9 @@ class FakeRunner:
             return FakePredictor(WHOLE_MS)
         lines = assign(self.plans[-1], list(self._widths))
         return FakePredictor(WHOLE_MS - sum(2.0 * line.ratio for line in lines.values()))
+
+    def race(self, racers: Mapping[str, FakePredictor], protocol: Protocol) -> tuple[Race, Slowed]:
+        return race(racers, Path(), protocol), self._slowed  # type: ignore[arg-type]
 
 
 def group(name: str, width: int, macs: int) -> Any:
@@ -86,7 +93,6 @@ def measure(
         PROFILE,
         [make_control("c1", "openvino", "int8-static")],
         tmp_path / "width",
-        tmp_path / "split",
         control_folder=lambda trial_id: tmp_path / trial_id,
         seconds=seconds,
         call_s=0.01,
@@ -178,6 +184,14 @@ def test_a_table_that_is_not_whole_is_not_kept(tmp_path: Path) -> None:
     tables, missing = measure(FakeRunner(PROFILE), tmp_path, seconds=-1.0, cache=cache)
     assert [table.shape_class for table in tables] == ["mlp/64"]
     assert {entry.what for entry in missing} == {"widths of mlp/32 in openvino int8-static"}
+
+
+def test_what_was_timed_while_the_machine_was_busy_serves_this_run_alone(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache")
+    tables, missing = measure(FakeRunner(PROFILE, slowed=2.0), tmp_path, cache=cache)
+    assert tables and missing == ()
+    again, _ = measure(FakeRunner(PROFILE), tmp_path, seconds=-1.0, cache=cache)
+    assert again == ()
 
 
 def test_files_that_are_broken_or_cannot_be_written_cost_time_and_nothing_else(

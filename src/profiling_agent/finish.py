@@ -16,7 +16,7 @@ from profiling_agent.beside import OPENING_S, Beside, by_one_measure
 from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import ArtefactError, BudgetError, ModelError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
-from profiling_agent.evaluation.measure import FINAL, Protocol, Race, race
+from profiling_agent.evaluation.measure import FINAL, Protocol, Race
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.planning.decide import (
     Final,
@@ -263,7 +263,9 @@ class Finish:
                 if entry is not None:
                     opened = self._open(entry.trial, self._built(entry.trial))
                     racers[entry.trial.trial_id] = stack.enter_context(contextlib.closing(opened))
-            times = race(racers, self.store.data / "calibration", self.protocol)
+            times, slowed = self.runner.race(racers, self.protocol, has_time=self._has_time)
+            if slowed.is_doubtful:
+                self.warn(f"In the final race {slowed}.")
             self._retime_baseline(times)
             timed: list[Final] = []
             for entry in (control, final):
@@ -277,6 +279,7 @@ class Finish:
                     entry.evaluation.accuracy,
                     times,
                     racers[name],
+                    self.runner.reference,
                 )
                 rival = control.trial.trial_id if control is not None else None
                 over = times.speedup(name, rival) if rival not in (None, name) else None
@@ -284,6 +287,11 @@ class Finish:
                 self._keep(name, facts)
                 timed.append(_final_of(entry.trial, facts))
         return (timed[0] if control is not None else None), timed[-1]
+
+    def _has_time(self) -> bool:
+        """For another race within the time budget."""
+        race_s = self.protocol.seconds(self.call_s, 3)
+        return self.store.journal.clock() + race_s < self.budget.time_s
 
     def _retime_baseline(self, times: Race) -> None:
         """What is shown beside the final times must come from the same race."""

@@ -173,6 +173,7 @@ class _Search:
             if not proposals.hand_over(no_better):
                 bench.progress.message(no_better)
                 break
+        bench.time_again(at_last=True)
 
     def _trials_left(self) -> int | None:
         """How many usual trials there is time for; ``None`` before the first."""

@@ -8,8 +8,9 @@ FAILED trial with its reason; measuring happens in the artefact's own process
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from profiling_agent.building import BUILD_TIMEOUT_S, Builder
 from profiling_agent.compression.divergence import mean_divergence
 from profiling_agent.errors import ProfilingAgentError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
-from profiling_agent.evaluation.measure import DISTURBED, TRIAL, Protocol, Race, race, undisturbed
+from profiling_agent.evaluation.measure import TRIAL, Protocol, Race, race
 from profiling_agent.evaluation.predictor import Predictor, ProbeProcess
 from profiling_agent.evaluation.screening import SCREEN_SAMPLES, collapsed
+from profiling_agent.evaluation.watch import ORIGINAL, Slowed, Watch, limit_of
 from profiling_agent.machine.clock import now
 from profiling_agent.records.common import Deployment, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation, Speedup
@@ -67,7 +69,9 @@ class TrialRunner:
         self._max_drop = max_drop
         self._data = data
         self._memory_limit = memory_limit
-        self._usual_ms = baseline.ms
+        self._watch = Watch()
+        self._watch.add(ORIGINAL, baseline.ms)
+        self._reference: _Reference | None = None
 
     def run(
         self,
@@ -134,12 +138,56 @@ class TrialRunner:
             if reason is not None:
                 return trial.model_copy(update={"status": "screened", "reason": reason})
             accuracy = self._search_accuracy(predictor, first)
-            times, reason = self._raced(trial.trial_id, predictor, protocol, deadline)
+            times, slowed = self._raced(trial.trial_id, predictor, protocol, deadline)
             evaluation = evaluation_of(
-                trial.trial_id, built, self.deployment, (accuracy,), times, predictor
+                trial.trial_id,
+                built,
+                self.deployment,
+                (accuracy,),
+                times,
+                predictor,
+                self.reference,
             )
         return trial.model_copy(
-            update={"status": "done", "evaluation": evaluation, "reason": reason}
+            update={"status": "done", "evaluation": evaluation, "reason": str(slowed)}
+        )
+
+    def watch(self, controls: Sequence[Trial], folder: Callable[[str], Path]) -> None:
+        """Know a busy machine by the times of these, from now on, and race plans beside the fastest
+        of them too."""
+        timed = [(ms, control) for control in controls if (ms := median_ms(control)) is not None]
+        for ms, control in timed:
+            self._watch.add(control.trial_id, ms)
+        if timed:
+            _, fastest = min(timed, key=lambda each: each[0])
+            place, runtime = folder(fastest.trial_id), fastest.plan.runtime
+            self._reference = _Reference(fastest.trial_id, lambda: self.open(place, runtime))
+
+    @property
+    def reference(self) -> str | None:
+        """The id of the control that plans are raced beside."""
+        return self._reference.name if self._reference else None
+
+    def close(self) -> None:
+        """End the process of the control that plans are raced beside."""
+        if self._reference is not None:
+            self._reference.close()
+
+    def race(
+        self,
+        racers: Mapping[str, Predictor],
+        protocol: Protocol,
+        *,
+        deadline: float | None = None,
+        has_time: Callable[[], bool] = lambda: True,
+    ) -> tuple[Race, Slowed]:
+        """Of artefacts by trial id, and the original; again while the machine seems to be busy.
+
+        ``TrialError`` when one of them fails.
+        """
+        return self._watch.undisturbed(
+            lambda: race(racers, self._data / "calibration", protocol, deadline),
+            lambda: has_time() and (deadline is None or now() < deadline),
         )
 
     def time_again(
@@ -152,13 +200,19 @@ class TrialRunner:
         self.builder.pause()
         try:
             with contextlib.closing(self.open(folder, trial.plan.runtime)) as predictor:
-                times, reason = self._raced(trial.trial_id, predictor, protocol, deadline)
+                times, slowed = self._raced(trial.trial_id, predictor, protocol, deadline)
         except TrialError:
             return trial
-        before = _original_ms(trial)
-        if before is not None and times.timing("baseline").median_ms >= before:
+        if slowed.beyond >= self._watch.slowed(self._watched_ms(trial)).beyond:
             return trial
-        return self._retimed(trial, times, reason)
+        return self._retimed(trial, times, slowed)
+
+    def _watched_ms(self, trial: Trial) -> dict[str, float | None]:
+        """What the watched racers took in the trial's race."""
+        took = {ORIGINAL: _original_ms(trial)}
+        if self._reference is not None:
+            took[self._reference.name] = _reference_ms(trial)
+        return took
 
     def time_together(
         self, trials: Sequence[Trial], folder: Callable[[str], Path], protocol: Protocol
@@ -169,38 +223,32 @@ class TrialRunner:
         ``TrialError`` when that can't be run.
         """
         self.builder.pause()
-        racers: dict[str, Predictor] = {"baseline": self.baseline.open()}
+        racers: dict[str, Predictor] = {ORIGINAL: self.baseline.open()}
         with contextlib.ExitStack() as stack:
             for trial in trials:
                 opened = self.open(folder(trial.trial_id), trial.plan.runtime)
                 racers[trial.trial_id] = stack.enter_context(contextlib.closing(opened))
-            times, slower = undisturbed(
-                lambda: race(racers, self._data / "calibration", protocol),
-                "baseline",
-                self._usual_ms,
-            )
-        return [self._retimed(trial, times, _busy(slower)) for trial in trials]
+            times, slowed = self.race(racers, protocol)
+        return [self._retimed(trial, times, slowed) for trial in trials]
 
-    def _retimed(self, trial: Trial, times: Race, reason: str) -> Trial:
+    def _retimed(self, trial: Trial, times: Race, slowed: Slowed) -> Trial:
         """With the race's times, and why those may be doubted."""
         assert trial.evaluation is not None
-        measured = _measured(times, trial.trial_id, self.deployment)
+        measured = _measured(times, trial.trial_id, self.deployment, self.reference)
         evaluation = trial.evaluation.model_copy(update=measured)
-        return trial.model_copy(update={"evaluation": evaluation, "reason": reason})
+        return trial.model_copy(update={"evaluation": evaluation, "reason": str(slowed)})
 
     def _raced(
         self, name: str, predictor: Predictor, protocol: Protocol, deadline: float | None
-    ) -> tuple[Race, str]:
-        """A race against the original, and why its times may be doubted, else an empty text."""
-        racers = {"baseline": self.baseline.open(), name: predictor}
-        times, slower = undisturbed(
-            lambda: race(racers, self._data / "calibration", protocol, deadline),
-            "baseline",
-            self._usual_ms,
-        )
-        original_ms = times.timing("baseline").median_ms
-        self._usual_ms = min(self._usual_ms or original_ms, original_ms)
-        return times, _busy(slower)
+    ) -> tuple[Race, Slowed]:
+        """A race against the original, and the fastest control where there is one."""
+        racers: dict[str, Predictor] = {ORIGINAL: self.baseline.open()}
+        reference = self._reference
+        if reference is not None and reference.name != name:
+            opened = reference.opened()
+            if opened is not None:
+                racers[reference.name] = opened
+        return self.race({**racers, name: predictor}, protocol, deadline=deadline)
 
     def _screen_outputs(self, predictor: Predictor) -> np.ndarray:
         """Outputs on the first search samples, whole batches, so that the rest can follow."""
@@ -223,7 +271,18 @@ class TrialRunner:
         labels = first_labels(self.workload.splits["search"].labels, stop)
         ours = self.judge.answers(outputs)
         accuracy = self.judge.score("search", ours, labels, self.baseline.search)
-        return accuracy.model_copy(update={"divergence": self._divergence(outputs)})
+        known = {"divergence": self._divergence(outputs), "noise_divergence": self._noise}
+        return accuracy.model_copy(update=known)
+
+    @cached_property
+    def _noise(self) -> float | None:
+        """The divergence of noise that loses the budget; None without the original's outputs, or
+        where the metric isn't of classes."""
+        outputs = self.baseline.outputs
+        if outputs is None or outputs.ndim != 2 or not self.workload.record.task.has_classes:
+            return None
+        labels = first_labels(self.workload.splits["search"].labels, len(outputs))
+        return self.judge.noise_divergence(outputs, labels, self._max_drop)
 
     def _divergence(self, outputs: np.ndarray) -> float | None:
         """From the original's outputs, where those were kept."""
@@ -245,8 +304,10 @@ def evaluation_of(
     accuracy: tuple[Accuracy, ...],
     times: Race,
     predictor: Predictor,
+    reference: str | None = None,
 ) -> Evaluation:
-    """The record of one artefact from a race in which ``baseline`` ran too."""
+    """The record of one artefact from a race in which the original ran too; ``reference`` names the
+    control that tells a busy machine."""
     memory = predictor.memory_bytes()
     missing = ()
     if memory is None:
@@ -258,7 +319,7 @@ def evaluation_of(
         scheme=built.scheme,
         deployment=deployment,
         accuracy=accuracy,
-        **_measured(times, name, deployment),
+        **_measured(times, name, deployment, reference),
         size_bytes=built.size_bytes,
         weight_bytes=built.weight_bytes,
         memory_bytes=memory,
@@ -266,31 +327,60 @@ def evaluation_of(
     )
 
 
-def _measured(times: Race, name: str, deployment: Deployment) -> dict[str, Any]:
+def _measured(
+    times: Race, name: str, deployment: Deployment, reference: str | None
+) -> dict[str, Any]:
     """The fields of an evaluation that a race tells."""
     timing = times.timing(name)
     return {
         "timing": timing,
-        "speedup": Speedup(over="baseline", ratio=times.speedup(name, "baseline")),
+        "speedup": Speedup(over=ORIGINAL, ratio=times.speedup(name, ORIGINAL)),
+        "reference_ms": None
+        if reference is None or reference not in times.blocks
+        else times.timing(reference).median_ms,
         "throughput_per_s": 1e3 * deployment.batch_size / timing.median_ms,
     }
 
 
-def _busy(slower: float) -> str:
-    """Why a race's times may be doubted; empty where they may not."""
-    if slower <= DISTURBED:
-        return ""
-    return f"the machine was busy: the original took {slower:.1f} times as long as usual"
-
-
 def timed_while_busy(trials: Sequence[Trial]) -> list[Trial]:
-    """Done trials in whose race the original took clearly longer than in the quietest one.
+    """Done trials in whose race the original or the reference took clearly longer than in the
+    quietest one.
 
     Which race was quiet is only known when several were run: the first may have been disturbed.
     """
-    took = {trial.trial_id: ms for trial in trials if (ms := _original_ms(trial)) is not None}
-    quietest = min(took.values(), default=0.0)
-    return [trial for trial in trials if took.get(trial.trial_id, 0.0) > DISTURBED * quietest]
+    busy: set[str] = set()
+    for took_of, limit in (
+        (_original_ms, limit_of(ORIGINAL)),
+        (_reference_ms, limit_of("")),
+    ):
+        took = {trial.trial_id: ms for trial in trials if (ms := took_of(trial)) is not None}
+        quietest = min(took.values(), default=0.0)
+        busy |= {name for name, ms in took.items() if ms > limit * quietest}
+    return [trial for trial in trials if trial.trial_id in busy]
+
+
+class _Reference:
+    """The control that plans are raced beside: opened when it is first needed, and kept."""
+
+    def __init__(self, name: str, opens: Callable[[], Predictor]) -> None:
+        self.name, self._opens = name, opens
+        self._kept: Predictor | None = None
+        self._is_gone = False
+
+    def opened(self) -> Predictor | None:
+        """``None`` when it can't be opened any more: races can do without."""
+        if self._is_gone or (self._kept is not None and self._kept.alive):
+            return self._kept
+        try:
+            self._kept = self._opens()
+        except TrialError:
+            self._kept, self._is_gone = None, True
+        return self._kept
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        self._kept, self._is_gone = None, True
 
 
 def _original_ms(trial: Trial) -> float | None:
@@ -298,3 +388,13 @@ def _original_ms(trial: Trial) -> float | None:
     if evaluation is None or evaluation.timing is None or evaluation.speedup is None:
         return None
     return evaluation.timing.median_ms * evaluation.speedup.ratio.estimate
+
+
+def _reference_ms(trial: Trial) -> float | None:
+    return trial.evaluation.reference_ms if trial.evaluation else None
+
+
+def median_ms(trial: Trial) -> float | None:
+    """Milliseconds of a call, if that was measured."""
+    timing = trial.evaluation.timing if trial.evaluation else None
+    return None if timing is None else timing.median_ms

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from profiling_agent.errors import MissingDependency, PlanError, TrialError
-from profiling_agent.evaluation.measure import Protocol, race
+from profiling_agent.evaluation.measure import Protocol
 from profiling_agent.evaluation.predictor import Predictor
+from profiling_agent.evaluation.watch import Slowed
 from profiling_agent.machine.clock import now
 from profiling_agent.planning.history import Pair, pair_of
 from profiling_agent.profiling.group_costs import levels
@@ -26,7 +27,7 @@ from profiling_agent.records.patterns import exactly, units_kept
 from profiling_agent.records.plan import Plan, PruningLine, Quantization
 from profiling_agent.records.profile import DeployedWidths, GroupCost, Profile, SharePoint
 from profiling_agent.records.trial import Trial
-from profiling_agent.trial import TrialRunner
+from profiling_agent.trial import TrialRunner, median_ms
 
 RATIOS = (0.5, 0.25)
 """Measured of each shape, the larger cut first: it tells most about a single point."""
@@ -40,7 +41,6 @@ def measure_deployed_widths(
     profile: Profile,
     controls: Sequence[Trial],
     folder: Path,
-    split: Path,
     *,
     control_folder: Callable[[str], Path],
     seconds: float,
@@ -49,16 +49,16 @@ def measure_deployed_widths(
 ) -> tuple[tuple[DeployedWidths, ...], tuple[NotMeasured, ...]]:
     """Tables of the controls' runtimes and schemes, the first control first, in about ``seconds``.
 
-    ``folder`` is for the artefacts that are built and thrown away; ``split`` has the samples that
-    are timed. What the time did not reach, or can't be built, is listed with the reason. Tables in
-    the ``cache`` take no time, and those that are timed in full go into it.
+    ``folder`` is for the artefacts that are built and thrown away. What the time did not reach, or
+    can't be built, is listed with the reason. Tables in the ``cache`` take no time, and those that
+    are timed in full, and not while the machine was busy, go into it.
     """
     deadline, longest = now() + seconds, 0.0
     tables: list[DeployedWidths] = []
     missing: list[NotMeasured] = []
     for control in controls:
         pair = pair_of(control)
-        whole_ms = _median_ms(control)
+        whole_ms = median_ms(control)
         points: dict[str, list[SharePoint]] = {}
         unfinished: set[str] = set()
         steps = list(_steps(profile))
@@ -74,18 +74,20 @@ def measure_deployed_widths(
                 unfinished.add(shape)
                 continue
             try:
-                point = _measure(
+                point, slowed = _measure(
                     runner,
                     pair,
                     ratio,
                     groups,
                     folder,
-                    split,
+                    control.trial_id,
                     control_folder(control.trial_id),
                     PROTOCOL.suited_to(call_s),
                     timeout_s=max(MIN_BUILD_S, deadline - now()),
                 )
                 points.setdefault(shape, []).append(point)
+                if slowed.is_doubtful:
+                    unfinished.add(shape)  # it will do, but not for other runs
             except (TrialError, PlanError, MissingDependency) as error:
                 missing.append(NotMeasured(what=what, reason=str(error)))
                 unfinished.add(shape)
@@ -101,11 +103,6 @@ def measure_deployed_widths(
             if cache is not None and shape not in unfinished:
                 cache.keep(table, whole_ms)
     return tuple(tables), tuple(missing)
-
-
-def _median_ms(control: Trial) -> float | None:
-    timing = control.evaluation.timing if control.evaluation else None
-    return None if timing is None else timing.median_ms
 
 
 def _known(
@@ -139,13 +136,14 @@ def _measure(
     ratio: float,
     groups: Sequence[GroupCost],
     folder: Path,
-    split: Path,
+    control_id: str,
     control: Path,
     protocol: Protocol,
     *,
     timeout_s: float,
-) -> SharePoint:
-    """Share of the control's time that one of these groups saves at this ratio."""
+) -> tuple[SharePoint, Slowed]:
+    """Share of the control's time that one of these groups saves at this ratio, and whether that
+    may be doubted."""
     plan = Plan(
         runtime=pair.runtime,  # pyright: ignore[reportArgumentType]
         pruning=tuple(
@@ -162,12 +160,14 @@ def _measure(
         with contextlib.ExitStack() as stack:
             racers: Mapping[str, Predictor] = {
                 name: stack.enter_context(contextlib.closing(runner.open(place, pair.runtime)))
-                for name, place in (("whole", control), ("narrow", folder))
+                for name, place in ((control_id, control), ("narrow", folder))
             }
-            saved = race(racers, split, protocol).speedup("narrow", "whole")
+            times, slowed = runner.race(racers, protocol)
+        saved = times.speedup("narrow", control_id)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     estimate, low, high = (
         (1.0 - 1.0 / value) / len(groups) for value in (saved.estimate, saved.low, saved.high)
     )
-    return SharePoint(width=units_kept(groups[0].width, ratio), saved=estimate, low=low, high=high)
+    width = units_kept(groups[0].width, ratio)
+    return SharePoint(width=width, saved=estimate, low=low, high=high), slowed

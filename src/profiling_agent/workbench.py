@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -61,6 +62,8 @@ MAX_OUTPUT_BYTES = 2**26
 enough to be held beside a trial's own."""
 DEPLOYED_SHARE = 0.05
 """Of the time budget, for the operator times of the controls."""
+MOST_AGAIN = 2
+"""Times that a trial is raced once more because the machine was busy."""
 WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 6
 """Of the time budget, for widths in the runtimes; there are none with less than so many seconds,
 or when so many trials would not have time after them."""
@@ -91,7 +94,7 @@ class Workbench:
         self.machine = describe_machine()
         self.time_s = settings.budget.time_s
         """When the search is to end, on the journal's clock."""
-        self._timed_again: set[str] = set()
+        self._times_again: Counter[str] = Counter()
         self._fastest_of: dict[frozenset[str], str | None] = {}
         self.memory_limit = int(0.85 * self.machine.memory_bytes)
 
@@ -121,7 +124,10 @@ class Workbench:
             data=self.store.data,
             memory_limit=self.memory_limit,
         )
+        self.stack.callback(self.runner.close)
         self._controls()
+        controls = [trial for trial in self.state.trials if trial.is_control]
+        self.runner.watch(controls, self.store.trial)
         self._controls_beside()
         self.time_again()
         return self._profile()
@@ -424,7 +430,6 @@ class Workbench:
                 profile,
                 likely_to_serve(self.state.trials, self.budget),
                 self.store.trial("width"),
-                self.store.data / "calibration",
                 control_folder=self.store.trial,
                 seconds=seconds,
                 call_s=self.call_s(),
@@ -465,17 +470,20 @@ class Workbench:
         self.state.keep(trial)
         self.store.journal.append("trial", trial)
 
-    def time_again(self) -> None:
-        """Race those once more that ran while the machine was busy, as later races have shown.
+    def time_again(self, *, at_last: bool = False) -> None:
+        """Race those once more that ran while the machine was busy, as later races have shown:
+        when it is no longer, or ``at_last``.
 
         A wrong time would stand as the bar, or send the search after it.
         """
-        if self.state.candidates is not None:
+        busy = timed_while_busy(self.state.trials)
+        is_still_busy = bool(busy) and busy[-1] is self.state.trials[-1]
+        if self.state.candidates is not None or (is_still_busy and not at_last):
             return
-        for trial in timed_while_busy(self.state.trials):
-            if trial.trial_id in self._timed_again or self.left < self.reserve():
+        for trial in busy:
+            if self._times_again[trial.trial_id] >= MOST_AGAIN or self.left < self.reserve():
                 continue
-            self._timed_again.add(trial.trial_id)
+            self._times_again[trial.trial_id] += 1
             self.progress.message(f"{trial.trial_id} is timed again: the machine was busy")
             with quiet(self.progress):
                 again = self.runner.time_again(

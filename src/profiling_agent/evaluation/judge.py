@@ -9,12 +9,13 @@ positive when something is lost, whichever direction is better, in the metric's 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from profiling_agent.errors import BudgetError, DataError, TrialError
+from profiling_agent.evaluation.noise import noise_divergence
 from profiling_agent.evaluation.statistics import (
     Drop,
     accuracy_interval,
@@ -115,6 +116,13 @@ class Judge(ABC):
         """What makes the metric say little on these answers; None mostly."""
         return None
 
+    def noise_divergence(
+        self, outputs: np.ndarray, labels: np.ndarray | None, drop: float
+    ) -> float | None:
+        """Nats at which random noise on the original's logits (samples, classes) loses the drop;
+        None for metrics of which that isn't known."""
+        return None
+
     _keeps_outputs = False
 
     def _agreement(self, ours: np.ndarray, original: np.ndarray | None) -> float | None:
@@ -179,6 +187,15 @@ class RightOrWrong(Judge):
             f"The original answers class {int(values[counts.argmax()])} for {share:.1%} of the "
             "samples: agreement with it says little."
         )
+
+    def noise_divergence(
+        self, outputs: np.ndarray, labels: np.ndarray | None, drop: float
+    ) -> float | None:
+        truth = self._truth(labels, self.answers(outputs))
+        if self.task.answers:
+            outputs = outputs[:, list(self.task.answers)]
+            truth = np.array([_place(label, self.task.answers) for label in truth])
+        return noise_divergence(outputs, truth, drop)
 
     def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
         return accuracy_interval(ours == self._truth(labels, ours))
@@ -325,6 +342,11 @@ def classes(outputs: np.ndarray, task: Task) -> np.ndarray:
         return outputs.argmax(axis=1)
     answers = np.asarray(task.answers)
     return answers[outputs[:, answers].argmax(axis=1)]
+
+
+def _place(label: int, answers: Sequence[int]) -> int:
+    """The column of a class among those that are answers; -1 where it is none of them."""
+    return answers.index(label) if label in answers else -1
 
 
 def find_judge(task: Task, function: Callable[..., Any] | None) -> Judge:

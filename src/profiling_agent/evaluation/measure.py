@@ -7,7 +7,7 @@ with a bootstrap interval over blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,8 +40,6 @@ class Protocol:
 
 
 MIN_BLOCKS = 5
-DISTURBED = 1.3
-"""The original's time over its usual one above which a race is not believed at once."""
 TRIAL = Protocol()
 FINAL = Protocol(num_blocks=24, block_s=0.2)
 
@@ -88,28 +86,6 @@ def race(
                 blocks[name].append(calls)
                 predictor.pause()
     return Race(blocks=blocks)
-
-
-def undisturbed(
-    race_once: Callable[[], Race], name: str, usual_ms: float | None
-) -> tuple[Race, float]:
-    """A race, and how much slower than usual its racer ``name`` was: 1 is as ever.
-
-    When that is more than ``DISTURBED`` something else was running, which no interval tells
-    if it ran all the while; then it is run once more, and the race in which the racer was faster
-    counts. ``usual_ms`` None: not known.
-    """
-    times = race_once()
-    slower = _slower(times, name, usual_ms)
-    if slower <= DISTURBED:
-        return times, slower
-    second = race_once()
-    best = min(times, second, key=lambda each: each.timing(name).median_ms)
-    return best, _slower(best, name, usual_ms)
-
-
-def _slower(times: Race, name: str, usual_ms: float | None) -> float:
-    return 1.0 if not usual_ms else times.timing(name).median_ms / usual_ms
 
 
 @contextmanager

@@ -155,11 +155,11 @@ def _held(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
 def _bounded(aimed: float, most: float, held: float, high: float | None, *, first: float) -> float:
     """What is aimed at; when that holds a step further, to where all of the budget is used up.
 
-    Below what was too much; without such, not far beyond the first guess and what held.
+    Below what was too much; without such, not beyond the first guess or far beyond what held.
     """
     if held >= HELD * aimed:
         aimed = max(held, min(STEP * held, most))
-    return min(aimed, max(2 * first, 4 * held) if high is None else high / SEARCH_ENDED)
+    return min(aimed, max(first, 4 * held) if high is None else high / SEARCH_ENDED)
 
 
 def _below_collapse(

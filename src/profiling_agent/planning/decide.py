@@ -18,7 +18,9 @@ from profiling_agent.records.common import Budget, Evidence, Interval
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.trial import Candidate, Trial, Verdict
 
-MAX_CANDIDATES = 3
+SHARES = (1.0, 2 / 3, 1 / 3)
+"""Of the budget, that the candidates are expected to lose at most, one after the other."""
+MAX_CANDIDATES = len(SHARES)
 ROUNDING = 1 + 1e-9
 
 
@@ -54,17 +56,18 @@ def contenders(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[T
 def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Candidate]:
     """At most three trials for the test split, best objective first.
 
-    The best one expected to be within the budget; and, since it was chosen for having come out well
-    on search, the best with room to spare: first half the budget, then none used. Places that are
-    left go to others that beat the control, first those that no other beats in both objective and
+    The best one expected to be within the budget; and, since what the search samples say of all is
+    not sure, the best with a third and with two thirds of it to spare. Places that are left go to
+    others that beat the control, first those that no other beats in both objective and
     drop, then those expected to lose least. With evidence
     ``proven`` only trials whose bound on the test split would be within the budget.
     """
     ours = contenders(trials, budget, num_test)
     drops = expected_drops(trials, budget)
     chosen: dict[str, Trial] = {}
-    for limit in (budget.max_drop, 0.5 * budget.max_drop, 0.0):
-        first = next((t for t in ours if drops[t.trial_id] <= limit * ROUNDING), None)
+    for share in SHARES:
+        limit = share * budget.max_drop * ROUNDING
+        first = next((t for t in ours if drops[t.trial_id] <= limit), None)
         if first is not None:
             chosen.setdefault(first.trial_id, first)
     spare = sorted(ours, key=lambda trial: drops[trial.trial_id])

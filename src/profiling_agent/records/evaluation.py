@@ -17,7 +17,8 @@ class Accuracy(Record):
     ``drop`` is what was lost against the baseline on the same samples, with its interval, in points
     or in the metric's own unit; positive is a loss, whichever direction is better. ``upper_bound``
     is its one-sided 95 % bound. ``divergence`` is known far better than the drop, of the same
-    samples: all of them tell of it, not only those whose answer changed.
+    samples: all of them tell of it, not only those whose answer changed. ``noise_divergence`` is
+    the same for all trials of a run.
     """
 
     split: SplitName
@@ -30,6 +31,11 @@ class Accuracy(Record):
         default=None,
         description="mean divergence of the outputs from the baseline's, in nats, where the "
         "logits' scale is left out of account",
+    )
+    noise_divergence: float | None = Field(
+        default=None,
+        description="divergence, in nats, of random noise on the baseline's logits that would lose "
+        "the accuracy budget",
     )
 
 
@@ -51,6 +57,11 @@ class Evaluation(Record):
     accuracy: tuple[Accuracy, ...]
     timing: Timing | None
     speedup: Speedup | None
+    reference_ms: float | None = Field(
+        default=None,
+        description="median of a call of the fastest control in the same race, where it took part: "
+        "it tells a busy machine",
+    )
     throughput_per_s: float | None = Field(description="samples a second at that batch size")
     size_bytes: int | None = Field(description="bytes of the model files")
     weight_bytes: int | None
