@@ -21,7 +21,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,12 @@ class Runner:
     deployment: Deployment
     split: Path
 
-    def race(self, racers: Mapping[str, Predictor], protocol: Protocol) -> tuple[Race, Slowed]:
+    def beside(self, *names: str) -> dict[str, Predictor]:
+        return {}
+
+    def race(
+        self, racers: Mapping[str, Predictor], protocol: Protocol, has_time: Callable[[], bool]
+    ) -> tuple[Race, Slowed]:
         return race(racers, self.split, protocol), Slowed()
 
     def open(self, folder: Path, runtime: str) -> ProbeProcess:

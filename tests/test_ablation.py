@@ -104,7 +104,7 @@ class Bench:
     def call_s(self) -> float:
         return 0.004
 
-    def time_again(self) -> None:
+    def time_again(self, *, at_last: bool = False) -> None:
         pass
 
     def try_plan(self, trial_id: str, plan: Plan, author: str, **known: Any) -> Trial:

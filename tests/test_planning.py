@@ -881,12 +881,13 @@ def test_the_fastest_and_two_with_room_to_spare_are_nominated() -> None:
         trial_at("safe", 0.45, -0.1),
         trial_at("fast", 0.30, 0.45),
         trial_at("over", 0.10, 0.6),
+        trial_at("some", 0.38, 0.3),
         trial_at("half", 0.40, 0.2),
         trial_at("slow", 0.60, -0.5),  # slower than the best control
         trial_at("also", 0.35, 0.44),
         make_trial("dead", status="failed", reason="crashed"),
     ]
-    assert ids(trials) == ["fast", "half", "safe"]
+    assert ids(trials) == ["fast", "some", "safe"]
     candidates = nominate(trials, BUDGET, 1000)
     assert candidates[0].predicted_drop == 0.45
     assert candidates[0].objective_value == pytest.approx(0.30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from profiling_agent.evaluation.predictor import LivePredictor
 from profiling_agent.finish import Finish
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.planning.decide import best_control
+from profiling_agent.planning.history import relative_latency
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Evaluation, Speedup
 from profiling_agent.records.plan import Plan
@@ -29,7 +31,7 @@ from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.live import SilentProgress
 from profiling_agent.run_state import RunState, read_state
 from profiling_agent.trial import Baseline, TrialRunner, timed_while_busy
-from profiling_agent.workbench import Workbench
+from profiling_agent.workbench import MOST_AGAIN, Workbench
 from record_factory import make_control, make_evaluation, make_interval, make_timing, make_trial
 from small_workload import make_data, train
 
@@ -62,12 +64,23 @@ def test_a_race_is_doubted_by_what_the_fastest_control_took_in_it() -> None:
     busy, quiet, alone = beside("t1", 0.65), beside("t2", 0.43), raced("t3", 2.0, 2.0)
     assert timed_while_busy([busy, quiet, alone]) == [busy]
     assert timed_while_busy([busy, alone]) == []
+    another = beside("t4", 0.3, "c2")  # a continued run may have another
+    assert timed_while_busy([busy, another]) == []
 
 
-def beside(trial_id: str, reference_ms: float) -> Trial:
+def test_a_machine_that_became_slower_for_good_is_not_busy() -> None:
+    fast = [beside(f"t{n}", 0.4) for n in range(1, 21)]
+    slow = [beside(f"t{n}", 0.6) for n in range(21, 41)]
+    names = {trial.trial_id for trial in timed_while_busy([*fast, *slow])}
+    assert names == {f"t{n}" for n in range(21, 27)}  # those near the change may have been
+
+
+def beside(trial_id: str, reference_ms: float, reference: str = "c1") -> Trial:
     trial = raced(trial_id, 2.0, 2.0)
     assert trial.evaluation is not None
-    evaluation = trial.evaluation.model_copy(update={"reference_ms": reference_ms})
+    evaluation = trial.evaluation.model_copy(
+        update={"reference": reference, "reference_ms": reference_ms}
+    )
     return trial.model_copy(update={"evaluation": evaluation})
 
 
@@ -81,7 +94,16 @@ def test_a_trial_timed_again_takes_its_own_place(tmp_path: Path) -> None:
     assert state.trials == read_state(store).trials == [again, second]
 
 
-def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
+class Dying:
+    """A control that dies as soon as it is timed."""
+
+    alive = False
+
+    def resume(self) -> None:
+        raise TrialError("it died")
+
+
+def test_only_the_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = make_data(900)
     data = tmp_path / "data"
     workload = acquire(
@@ -139,6 +161,23 @@ def test_only_the_times_are_measured_anew(tmp_path: Path) -> None:
         assert plan.evaluation is not None and plan.evaluation.reference_ms is not None
         assert plan.evaluation.timing is not None
         assert 0.2 < plan.evaluation.reference_ms / plan.evaluation.timing.median_ms < 5.0
+        assert plan.evaluation.reference == "c1"
+        known, took = relative_latency(trial), relative_latency(plan)
+        assert known is not None and took == plan.evaluation.relative
+        ratio = plan.evaluation.timing.median_ms / plan.evaluation.reference_ms
+        assert took == pytest.approx(known * ratio, rel=0.5)
+        (same,) = runner.time_together([trial], lambda _: folder, SHORT)
+        assert relative_latency(same) == pytest.approx(known)  # its own reference
+        for opened in runner.beside().values():
+            opened.close()
+        plan = runner.run("t3", Plan(runtime="torch"), "solver", tmp_path / "t3", protocol=SHORT)
+        assert plan.evaluation is not None and plan.evaluation.reference == "c1"  # opened again
+        assert runner.beside("c1") == {}
+        monkeypatch.setattr(runner, "beside", lambda *names: {"c1": Dying()})
+        plan = runner.run("t4", Plan(runtime="torch"), "solver", tmp_path / "t4", protocol=SHORT)
+        assert plan.status == "done", plan.reason
+        assert plan.evaluation is not None and plan.evaluation.reference is None
+        monkeypatch.undo()
     runner.watch([trial], lambda _: tmp_path / "gone")
     plan = runner.run("t2", Plan(runtime="torch"), "solver", tmp_path / "t2", protocol=SHORT)
     assert plan.status == "done" and plan.evaluation is not None
@@ -159,7 +198,9 @@ class Beside:
         self.times, self.raced = times, list[str]()
         self.judge = None
 
-    def time_together(self, trials: Sequence[Trial], folder: Any, protocol: Any) -> list[Trial]:
+    def time_together(
+        self, trials: Sequence[Trial], folder: Any, protocol: Any, has_time: Any
+    ) -> list[Trial]:
         self.raced = [trial.trial_id for trial in trials]
         if self.times is None:
             raise TrialError("t1 failed while it was timed")
@@ -276,3 +317,35 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
     bench.state.trials.append(raced("t3", 1.0, 6.5))
     plans.times = {"c1": 4.0, "t1": 5.2, "t2": 6.1, "t3": 6.4}
     assert bench.plans_beside() == "t3" and set(plans.raced) == {"c1", "t1", "t2", "t3"}
+
+
+class Busy:
+    """A runner whose last race was slowed or not, and whose next is quiet."""
+
+    def __init__(self) -> None:
+        self.is_busy, self.asked = True, list[str]()
+
+    def time_again(self, trial: Trial, folder: Any, protocol: Any, deadline: Any) -> Trial:
+        self.asked.append(trial.trial_id)
+        return trial
+
+
+def test_trials_are_timed_again_when_the_machine_is_quiet_and_at_last(tmp_path: Path) -> None:
+    runner = Busy()
+    bench = Workbench.__new__(Workbench)
+    bench.store, bench.runner = RunStore(tmp_path), runner  # type: ignore[assignment]
+    bench.state, bench.progress = RunState(), SilentProgress()
+    bench.state.baseline = make_evaluation()
+    bench.settings = None  # type: ignore[assignment]
+    bench.time_s, bench._times_again = 1e9, Counter()  # pyright: ignore[reportPrivateUsage]
+    bench.reserve = lambda num_artefacts=3: 0.0  # type: ignore[method-assign]
+    for trial in (beside("t1", 0.65), beside("t2", 0.43)):
+        bench.state.keep(trial)
+    bench.time_again()
+    assert runner.asked == []  # it would be as busy
+    bench.time_again(at_last=True)
+    assert runner.asked == ["t1"]
+    runner.is_busy = False
+    for _ in range(3):
+        bench.time_again()
+    assert runner.asked == ["t1"] * MOST_AGAIN

@@ -84,3 +84,13 @@ def test_a_machine_that_stays_slower_is_as_usual_again() -> None:
         assert watch.undisturbed(lambda: slower)[1].is_doubtful
     run, left = in_turn(slower, slower)
     assert not watch.undisturbed(run)[1].is_doubtful and len(list(left)) == 1
+
+
+def test_what_a_control_took_long_ago_says_nothing_of_now() -> None:
+    watch = Watch({"baseline": 4.0, "c1": 1.0, "c2": 1.0})
+    for _ in range(REMEMBERED):
+        watch.undisturbed(lambda: race_of(baseline=4.0, c1=1.0))
+    run, _ = in_turn(race_of(baseline=4.0, c2=1.4))
+    assert not watch.undisturbed(run)[1].is_doubtful
+    run, _ = in_turn(*[race_of(baseline=4.0, c2=1.4, c1=1.4)] * MOST_RACES)
+    assert watch.undisturbed(run)[1].name == "c1" and watch.last.is_doubtful

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,12 @@ class FakeRunner:
         lines = assign(self.plans[-1], list(self._widths))
         return FakePredictor(WHOLE_MS - sum(2.0 * line.ratio for line in lines.values()))
 
-    def race(self, racers: Mapping[str, FakePredictor], protocol: Protocol) -> tuple[Race, Slowed]:
+    def beside(self, *names: str) -> dict[str, FakePredictor]:
+        return {}
+
+    def race(
+        self, racers: Mapping[str, FakePredictor], protocol: Protocol, has_time: Callable[[], bool]
+    ) -> tuple[Race, Slowed]:
         return race(racers, Path(), protocol), self._slowed  # type: ignore[arg-type]
 
 

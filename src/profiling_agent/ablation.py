@@ -27,7 +27,6 @@ from profiling_agent.errors import (
     TrialError,
 )
 from profiling_agent.evaluation.judge import find_judge
-from profiling_agent.evaluation.measure import race
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.finish import answers_of_original, final_protocol
 from profiling_agent.machine.clock import now
@@ -170,6 +169,7 @@ class Comparison:
             while profile is not None and (going := [w for w in seed if self.walker.goes_on(w)]):
                 for each in going:
                     self.walker.step(each, profile)
+        self.bench.time_again(at_last=True)
         self.bench.runner.builder.close()
         return self._record(self._compared(self._finished(walked)))
 
@@ -294,7 +294,14 @@ class Comparison:
                 each: stack.enter_context(contextlib.closing(self._open(each)))
                 for each in (reference, name)
             }
-            times = race(racers, self.bench.store.data / "calibration", protocol)
+            runner = self.bench.runner
+            times, slowed = runner.race(
+                {**runner.beside(reference, name), **racers},
+                protocol,
+                has_time=lambda: self.bench.left > 0,
+            )
+        if slowed.is_doubtful:
+            self.bench.warn(f"In the race of {name} and {reference} {slowed}.")
         return times.speedup(name, reference)
 
     def _open(self, name: str) -> Predictor:

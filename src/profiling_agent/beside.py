@@ -13,6 +13,7 @@ from statistics import median
 
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.measure import Protocol
+from profiling_agent.machine.clock import now
 from profiling_agent.planning.decide import best_control, contenders
 from profiling_agent.planning.history import relative_latency
 from profiling_agent.records.common import Budget
@@ -83,9 +84,18 @@ class Beside:
     def race(self, racers: Sequence[Trial], what: str) -> list[Trial]:
         """The trials with times from one race; none, with a warning, if it fails."""
         self.progress.stage("timing", f"{what} beside each other")
+        race_s, ends = _seconds(self.call_s, len(racers)), now() + self.seconds(len(racers))
+
+        def has_time() -> bool:
+            """For another, and the final race within the time budget."""
+            left = self.budget.time_s - self.store.journal.clock()
+            return now() + race_s < ends and 2 * race_s < left
+
         try:
             with quiet(self.progress):
-                return self.runner.time_together(racers, self.store.trial, _protocol(self.call_s))
+                return self.runner.time_together(
+                    racers, self.store.trial, _protocol(self.call_s), has_time
+                )
         except TrialError as error:
             self.warn(f"{what[0].upper()}{what[1:]} could not be timed beside each other: {error}")
             return []
@@ -114,5 +124,6 @@ def _scaled(trial: Trial, factor: float) -> Trial:
     ratio = evaluation.speedup.ratio
     parts = {name: factor * getattr(ratio, name) for name in ("estimate", "low", "high")}
     speedup = evaluation.speedup.model_copy(update={"ratio": ratio.model_copy(update=parts)})
-    scaled = evaluation.model_copy(update={"speedup": speedup})
+    relative = evaluation.relative and evaluation.relative / factor
+    scaled = evaluation.model_copy(update={"speedup": speedup, "relative": relative})
     return trial.model_copy(update={"evaluation": scaled})

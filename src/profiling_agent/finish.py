@@ -289,9 +289,9 @@ class Finish:
         return (timed[0] if control is not None else None), timed[-1]
 
     def _has_time(self) -> bool:
-        """For another race within the time budget."""
-        race_s = self.protocol.seconds(self.call_s, 3)
-        return self.store.journal.clock() + race_s < self.budget.time_s
+        """For another race within the time budget, and one of a candidate after this."""
+        race_s = self.protocol.seconds(self.call_s, 3) + OPENING_S
+        return self.store.journal.clock() + 2 * race_s < self.budget.time_s
 
     def _retime_baseline(self, times: Race) -> None:
         """What is shown beside the final times must come from the same race."""

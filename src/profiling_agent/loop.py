@@ -36,7 +36,7 @@ from profiling_agent.run_state import (
 )
 from profiling_agent.workbench import Workbench
 
-PATIENCE = 8
+PATIENCE = 12
 """Trials without a better feasible plan after which the search stops."""
 LLM_SHARE = 0.25
 """Of the time budget, for waiting for a language model's answers."""
@@ -109,7 +109,9 @@ def _walk(bench: Workbench, planner: Planner) -> None:
     profile = bench.set_up()
     if profile is not None:
         _Search(bench, planner).walk(profile)
+    bench.time_again(at_last=True)
     bench.runner.builder.close()
+    bench.runner.close()
     Finish(
         store=bench.store,
         settings=bench.settings,
@@ -173,7 +175,6 @@ class _Search:
             if not proposals.hand_over(no_better):
                 bench.progress.message(no_better)
                 break
-        bench.time_again(at_last=True)
 
     def _trials_left(self) -> int | None:
         """How many usual trials there is time for; ``None`` before the first."""

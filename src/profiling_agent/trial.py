@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import TRIAL, Protocol, Race, race
 from profiling_agent.evaluation.predictor import Predictor, ProbeProcess
 from profiling_agent.evaluation.screening import SCREEN_SAMPLES, collapsed
-from profiling_agent.evaluation.watch import ORIGINAL, Slowed, Watch, limit_of
+from profiling_agent.evaluation.watch import (
+    DOUBTED,
+    DOUBTED_ORIGINAL,
+    ORIGINAL,
+    REMEMBERED,
+    Slowed,
+    Watch,
+)
 from profiling_agent.machine.clock import now
+from profiling_agent.planning.history import relative_latency
 from profiling_agent.records.common import Deployment, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation, Speedup
 from profiling_agent.records.plan import Plan
@@ -69,9 +77,8 @@ class TrialRunner:
         self._max_drop = max_drop
         self._data = data
         self._memory_limit = memory_limit
-        self._watch = Watch()
-        self._watch.add(ORIGINAL, baseline.ms)
-        self._reference: _Reference | None = None
+        self._watch = Watch({ORIGINAL: baseline.ms} if baseline.ms else None)
+        self.reference: Reference | None = None
 
     def run(
         self,
@@ -152,26 +159,36 @@ class TrialRunner:
             update={"status": "done", "evaluation": evaluation, "reason": str(slowed)}
         )
 
-    def watch(self, controls: Sequence[Trial], folder: Callable[[str], Path]) -> None:
-        """Know a busy machine by the times of these, from now on, and race plans beside the fastest
-        of them too."""
-        timed = [(ms, control) for control in controls if (ms := median_ms(control)) is not None]
-        for ms, control in timed:
-            self._watch.add(control.trial_id, ms)
-        if timed:
-            _, fastest = min(timed, key=lambda each: each[0])
-            place, runtime = folder(fastest.trial_id), fastest.plan.runtime
-            self._reference = _Reference(fastest.trial_id, lambda: self.open(place, runtime))
+    def watch(self, trials: Sequence[Trial], folder: Callable[[str], Path]) -> None:
+        """Know a busy machine by the times of the controls among these, from now on, and race plans
+        beside the fastest of them too, or the one that others were."""
+        controls = [trial for trial in trials if trial.is_control and median_ms(trial) is not None]
+        self._watch.add({c.trial_id: ms for c in controls if (ms := median_ms(c)) is not None})
+        self.close()
+        before = {reference_of(trial) for trial in trials}
+        for control in sorted(controls, key=lambda c: (c.trial_id not in before, median_ms(c))):
+            relative, place = relative_latency(control), folder(control.trial_id)
+            if relative is not None:
+                runtime = control.plan.runtime
+                opens = partial(self.open, place, runtime)
+                self.reference = Reference(control.trial_id, relative, opens)
+                break
 
     @property
-    def reference(self) -> str | None:
-        """The id of the control that plans are raced beside."""
-        return self._reference.name if self._reference else None
+    def is_busy(self) -> bool:
+        """Whether the last race was slowed by something else."""
+        return self._watch.last.is_doubtful
 
     def close(self) -> None:
         """End the process of the control that plans are raced beside."""
-        if self._reference is not None:
-            self._reference.close()
+        if self.reference is not None:
+            self.reference.close()
+
+    def beside(self, *names: str) -> dict[str, Predictor]:
+        """The control that tells a busy machine, for a race of these, unless it is one of them."""
+        reference = self.reference
+        opened = reference.opened() if reference and reference.name not in names else None
+        return {reference.name: opened} if reference and opened else {}
 
     def race(
         self,
@@ -181,7 +198,7 @@ class TrialRunner:
         deadline: float | None = None,
         has_time: Callable[[], bool] = lambda: True,
     ) -> tuple[Race, Slowed]:
-        """Of artefacts by trial id, and the original; again while the machine seems to be busy.
+        """Of artefacts by trial id, and what else is named; again while the machine seems busy.
 
         ``TrialError`` when one of them fails.
         """
@@ -210,25 +227,30 @@ class TrialRunner:
     def _watched_ms(self, trial: Trial) -> dict[str, float | None]:
         """What the watched racers took in the trial's race."""
         took = {ORIGINAL: _original_ms(trial)}
-        if self._reference is not None:
-            took[self._reference.name] = _reference_ms(trial)
+        if trial.evaluation and trial.evaluation.reference:
+            took[trial.evaluation.reference] = trial.evaluation.reference_ms
         return took
 
     def time_together(
-        self, trials: Sequence[Trial], folder: Callable[[str], Path], protocol: Protocol
+        self,
+        trials: Sequence[Trial],
+        folder: Callable[[str], Path],
+        protocol: Protocol,
+        has_time: Callable[[], bool] = lambda: True,
     ) -> list[Trial]:
-        """Done trials with times from one race of all of them and the original, run again if the
-        machine was busy.
+        """Done trials with times from one race of all of them and the original, run again while the
+        machine was busy and there is time.
 
         ``TrialError`` when that can't be run.
         """
         self.builder.pause()
         racers: dict[str, Predictor] = {ORIGINAL: self.baseline.open()}
         with contextlib.ExitStack() as stack:
+            racers |= self.beside(*(trial.trial_id for trial in trials))
             for trial in trials:
                 opened = self.open(folder(trial.trial_id), trial.plan.runtime)
                 racers[trial.trial_id] = stack.enter_context(contextlib.closing(opened))
-            times, slowed = self.race(racers, protocol)
+            times, slowed = self.race(racers, protocol, has_time=has_time)
         return [self._retimed(trial, times, slowed) for trial in trials]
 
     def _retimed(self, trial: Trial, times: Race, slowed: Slowed) -> Trial:
@@ -241,14 +263,14 @@ class TrialRunner:
     def _raced(
         self, name: str, predictor: Predictor, protocol: Protocol, deadline: float | None
     ) -> tuple[Race, Slowed]:
-        """A race against the original, and the fastest control where there is one."""
-        racers: dict[str, Predictor] = {ORIGINAL: self.baseline.open()}
-        reference = self._reference
-        if reference is not None and reference.name != name:
-            opened = reference.opened()
-            if opened is not None:
-                racers[reference.name] = opened
-        return self.race({**racers, name: predictor}, protocol, deadline=deadline)
+        """A race against the original, beside the fastest control where there is one."""
+        racers, beside = {ORIGINAL: self.baseline.open(), name: predictor}, self.beside(name)
+        try:
+            return self.race({**beside, **racers}, protocol, deadline=deadline)
+        except TrialError:
+            if all(each.alive for each in beside.values()):
+                raise
+        return self.race(racers, protocol, deadline=deadline)  # it was not the trial's fault
 
     def _screen_outputs(self, predictor: Predictor) -> np.ndarray:
         """Outputs on the first search samples, whole batches, so that the rest can follow."""
@@ -304,10 +326,10 @@ def evaluation_of(
     accuracy: tuple[Accuracy, ...],
     times: Race,
     predictor: Predictor,
-    reference: str | None = None,
+    reference: Reference | None = None,
 ) -> Evaluation:
-    """The record of one artefact from a race in which the original ran too; ``reference`` names the
-    control that tells a busy machine."""
+    """The record of one artefact from a race in which the original ran too, and maybe the
+    ``reference``."""
     memory = predictor.memory_bytes()
     missing = ()
     if memory is None:
@@ -328,42 +350,58 @@ def evaluation_of(
 
 
 def _measured(
-    times: Race, name: str, deployment: Deployment, reference: str | None
+    times: Race, name: str, deployment: Deployment, reference: Reference | None
 ) -> dict[str, Any]:
     """The fields of an evaluation that a race tells."""
     timing = times.timing(name)
+    fields: dict[str, Any] = dict.fromkeys(("reference", "reference_ms", "relative"))
+    if reference is not None and reference.name in times.blocks:
+        over = times.speedup(name, reference.name).estimate if name != reference.name else 1.0
+        fields["reference"] = reference.name
+        fields["reference_ms"] = times.timing(reference.name).median_ms
+        fields["relative"] = reference.relative / over
     return {
         "timing": timing,
         "speedup": Speedup(over=ORIGINAL, ratio=times.speedup(name, ORIGINAL)),
-        "reference_ms": None
-        if reference is None or reference not in times.blocks
-        else times.timing(reference).median_ms,
         "throughput_per_s": 1e3 * deployment.batch_size / timing.median_ms,
+        **fields,
     }
 
 
 def timed_while_busy(trials: Sequence[Trial]) -> list[Trial]:
     """Done trials in whose race the original or the reference took clearly longer than in the
-    quietest one.
+    quietest one of those before and after.
 
     Which race was quiet is only known when several were run: the first may have been disturbed.
     """
-    busy: set[str] = set()
-    for took_of, limit in (
-        (_original_ms, limit_of(ORIGINAL)),
-        (_reference_ms, limit_of("")),
-    ):
-        took = {trial.trial_id: ms for trial in trials if (ms := took_of(trial)) is not None}
-        quietest = min(took.values(), default=0.0)
-        busy |= {name for name, ms in took.items() if ms > limit * quietest}
-    return [trial for trial in trials if trial.trial_id in busy]
+    return [trial for index, trial in enumerate(trials) if _is_slow(trial, _about(trials, index))]
 
 
-class _Reference:
-    """The control that plans are raced beside: opened when it is first needed, and kept."""
+def _about(trials: Sequence[Trial], index: int) -> Sequence[Trial]:
+    """As many as make a machine's state usual: it may have become slower, or faster, for good."""
+    return trials[max(0, index - REMEMBERED // 2) : index + REMEMBERED // 2 + 1]
 
-    def __init__(self, name: str, opens: Callable[[], Predictor]) -> None:
-        self.name, self._opens = name, opens
+
+def _is_slow(trial: Trial, about: Sequence[Trial]) -> bool:
+    took = _original_ms(trial)
+    others = (ms for each in about if (ms := _original_ms(each)) is not None)
+    if took is not None and took > DOUBTED_ORIGINAL * min(others):
+        return True
+    took = _reference_ms(trial)
+    same = (
+        ms
+        for each in about
+        if reference_of(each) == reference_of(trial) and (ms := _reference_ms(each)) is not None
+    )
+    return took is not None and took > DOUBTED * min(same)
+
+
+class Reference:
+    """The control that plans are raced beside, opened when it is first needed, and kept; and its
+    latency over the baseline's."""
+
+    def __init__(self, name: str, relative: float, opens: Callable[[], Predictor]) -> None:
+        self.name, self.relative, self._opens = name, relative, opens
         self._kept: Predictor | None = None
         self._is_gone = False
 
@@ -371,9 +409,11 @@ class _Reference:
         """``None`` when it can't be opened any more: races can do without."""
         if self._is_gone or (self._kept is not None and self._kept.alive):
             return self._kept
+        if self._kept is not None:
+            self._kept.close()
         try:
             self._kept = self._opens()
-        except TrialError:
+        except (TrialError, OSError):
             self._kept, self._is_gone = None, True
         return self._kept
 
@@ -388,6 +428,11 @@ def _original_ms(trial: Trial) -> float | None:
     if evaluation is None or evaluation.timing is None or evaluation.speedup is None:
         return None
     return evaluation.timing.median_ms * evaluation.speedup.ratio.estimate
+
+
+def reference_of(trial: Trial) -> str | None:
+    """The id of the control that was in its race."""
+    return trial.evaluation.reference if trial.evaluation else None
 
 
 def _reference_ms(trial: Trial) -> float | None:

@@ -83,7 +83,7 @@ def measure_deployed_widths(
                     control.trial_id,
                     control_folder(control.trial_id),
                     PROTOCOL.suited_to(call_s),
-                    timeout_s=max(MIN_BUILD_S, deadline - now()),
+                    deadline=deadline,
                 )
                 points.setdefault(shape, []).append(point)
                 if slowed.is_doubtful:
@@ -140,7 +140,7 @@ def _measure(
     control: Path,
     protocol: Protocol,
     *,
-    timeout_s: float,
+    deadline: float,
 ) -> tuple[SharePoint, Slowed]:
     """Share of the control's time that one of these groups saves at this ratio, and whether that
     may be doubted."""
@@ -155,6 +155,7 @@ def _measure(
         why="timed and thrown away",
     )
     try:
+        timeout_s = max(MIN_BUILD_S, deadline - now())
         runner.builder.build(plan, folder, runner.deployment, timeout_s)
         runner.builder.pause()
         with contextlib.ExitStack() as stack:
@@ -162,7 +163,8 @@ def _measure(
                 name: stack.enter_context(contextlib.closing(runner.open(place, pair.runtime)))
                 for name, place in ((control_id, control), ("narrow", folder))
             }
-            times, slowed = runner.race(racers, protocol)
+            racers = {**runner.beside(control_id), **racers}
+            times, slowed = runner.race(racers, protocol, has_time=lambda: now() < deadline)
         saved = times.speedup("narrow", control_id)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -126,8 +126,7 @@ class Workbench:
         )
         self.stack.callback(self.runner.close)
         self._controls()
-        controls = [trial for trial in self.state.trials if trial.is_control]
-        self.runner.watch(controls, self.store.trial)
+        self.runner.watch(self.state.trials, self.store.trial)
         self._controls_beside()
         self.time_again()
         return self._profile()
@@ -476,11 +475,9 @@ class Workbench:
 
         A wrong time would stand as the bar, or send the search after it.
         """
-        busy = timed_while_busy(self.state.trials)
-        is_still_busy = bool(busy) and busy[-1] is self.state.trials[-1]
-        if self.state.candidates is not None or (is_still_busy and not at_last):
+        if self.state.candidates is not None or (self.runner.is_busy and not at_last):
             return
-        for trial in busy:
+        for trial in timed_while_busy(self.state.trials):
             if self._times_again[trial.trial_id] >= MOST_AGAIN or self.left < self.reserve():
                 continue
             self._times_again[trial.trial_id] += 1

@@ -9,7 +9,7 @@ positive when something is lost, whichever direction is better, in the metric's 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -192,10 +192,7 @@ class RightOrWrong(Judge):
         self, outputs: np.ndarray, labels: np.ndarray | None, drop: float
     ) -> float | None:
         truth = self._truth(labels, self.answers(outputs))
-        if self.task.answers:
-            outputs = outputs[:, list(self.task.answers)]
-            truth = np.array([_place(label, self.task.answers) for label in truth])
-        return noise_divergence(outputs, truth, drop)
+        return noise_divergence(outputs, truth, drop, answers=self.task.answers or None)
 
     def interval(self, ours: np.ndarray, labels: np.ndarray | None) -> Interval:
         return accuracy_interval(ours == self._truth(labels, ours))
@@ -342,11 +339,6 @@ def classes(outputs: np.ndarray, task: Task) -> np.ndarray:
         return outputs.argmax(axis=1)
     answers = np.asarray(task.answers)
     return answers[outputs[:, answers].argmax(axis=1)]
-
-
-def _place(label: int, answers: Sequence[int]) -> int:
-    """The column of a class among those that are answers; -1 where it is none of them."""
-    return answers.index(label) if label in answers else -1
 
 
 def find_judge(task: Task, function: Callable[..., Any] | None) -> Judge:

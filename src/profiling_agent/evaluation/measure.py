@@ -40,7 +40,7 @@ class Protocol:
 
 
 MIN_BLOCKS = 5
-TRIAL = Protocol()
+TRIAL = Protocol(num_blocks=8, block_s=0.1)
 FINAL = Protocol(num_blocks=24, block_s=0.2)
 
 

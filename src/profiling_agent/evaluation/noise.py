@@ -8,9 +8,11 @@ as much as loses a given drop, and its divergence from the original is that of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from profiling_agent.compression.divergence import mean_divergence
+from profiling_agent.compression.divergence import CHUNK, mean_divergence
 
 NUM_DRAWS = 16
 NUM_TOP = 16
@@ -18,39 +20,64 @@ NUM_TOP = 16
 LEAST_LOST = 20
 """Samples: of less the original's few samples near a boundary say too little."""
 NUM_HALVINGS = 20
-LARGEST = 64.0
-"""Of the noise, over the spread of the logits."""
+SMALLEST, LARGEST = 1e-3, 64.0
+"""Of the noise, over the spread of the logits; less only parts logits that are equal."""
 SEED = 0
 
 
-def noise_divergence(outputs: np.ndarray, truth: np.ndarray, drop: float) -> float | None:
+def noise_divergence(
+    outputs: np.ndarray,
+    truth: np.ndarray,
+    drop: float,
+    *,
+    answers: Sequence[int] | None = None,
+) -> float | None:
     """Nats at which noise on logits (samples, classes) loses ``drop`` points of accuracy against
-    ``truth`` (samples,), column numbers; ``None`` where noise never loses so much.
+    the classes of ``truth`` (samples,); ``None`` where noise never loses so much, or at once.
 
-    Where that is less than twenty samples, in proportion of what loses twenty.
+    Only the classes in ``answers`` can be predicted, which are all by default; the divergence is
+    that of all logits. Where the drop is less than twenty samples, it is taken from the noise that
+    loses twenty: in proportion, or where the original is right on all, so that every changed answer
+    is a loss, as the square.
     """
-    logits = np.asarray(outputs, dtype=np.float64)
-    level = max(drop, 100.0 * LEAST_LOST / len(logits))
-    spread = float(logits.std())
+    level = max(drop, 100.0 * LEAST_LOST / len(outputs))
+    spread = float(outputs.std(dtype=np.float64))
     if drop <= 0.0 or spread == 0.0:
         return None
+    top, is_true = _largest(outputs, truth, answers)
     rng = np.random.default_rng(SEED)
-    columns = np.argsort(-logits, axis=1)[:, :NUM_TOP]
-    top = np.take_along_axis(logits, columns, axis=1)
-    rows = np.arange(len(logits))
-    is_true = columns == truth[:, None]
     draws = [rng.standard_normal(top.shape, dtype=np.float32) for _ in range(NUM_DRAWS)]
-    right = 100.0 * float(is_true[:, 0].mean())
+    rows = np.arange(len(outputs))
+    is_right = is_true[:, 0]
 
     def lost(scale: float) -> float:
         hits = [is_true[rows, (top + scale * draw).argmax(axis=1)].mean() for draw in draws]
-        return right - 100.0 * float(np.mean(hits))
+        return 100.0 * float(is_right.mean() - np.mean(hits))
 
-    low, high = 0.0, LARGEST * spread
-    if lost(high) < level:
+    low, high = SMALLEST * spread, LARGEST * spread
+    if lost(low) >= level or lost(high) < level:
         return None
     for _ in range(NUM_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if lost(middle) < level else (low, middle)
-    noise = high * rng.standard_normal(logits.shape)
-    return mean_divergence(logits, logits + noise, has_classes=True) * drop / level
+    noise = rng.standard_normal(outputs.shape, dtype=np.float32)
+    noise *= high
+    noise += outputs
+    apart = mean_divergence(outputs, noise, has_classes=True)
+    return apart * (drop / level) ** (2 if is_right.all() else 1)
+
+
+def _largest(
+    outputs: np.ndarray, truth: np.ndarray, answers: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The largest logits of the answers (samples, some), and which of them is the true one's."""
+    columns = np.arange(outputs.shape[1]) if answers is None else np.asarray(answers)
+    tops: list[np.ndarray] = []
+    trues: list[np.ndarray] = []
+    size = max(1, CHUNK // len(columns))
+    for start in range(0, len(outputs), size):
+        some = outputs[start : start + size, columns]
+        order = np.argsort(-some, axis=1, kind="stable")[:, :NUM_TOP]  # the first of equals leads
+        tops.append(np.take_along_axis(some, order, axis=1))
+        trues.append(columns[order] == truth[start : start + size, None])
+    return np.concatenate(tops), np.concatenate(trues)

@@ -20,7 +20,7 @@ DOUBTED, DOUBTED_ORIGINAL = 1.2, 1.3
 """A racer's time over its usual one above which a race is not believed at once; eager PyTorch's
 time varies more."""
 REMEMBERED = 12
-"""Races whose quietest is the usual; a machine that stays slower is soon as usual again."""
+"""Races of which the quietest is as usual; a machine that stays slower is soon as usual again."""
 MOST_RACES = 3
 """Of the same racers, one after the other."""
 
@@ -54,18 +54,23 @@ def limit_of(name: str) -> float:
 
 
 class Watch:
-    """What watched racers usually take, in milliseconds, by their names in races."""
+    """What watched racers took in the last races, in milliseconds, by their names.
+
+    Which the original is, and those that were added.
+    """
 
     def __init__(self, usual_ms: Mapping[str, float] | None = None) -> None:
-        self._seen: dict[str, deque[float]] = {ORIGINAL: deque(maxlen=REMEMBERED)}
-        for name, ms in (usual_ms or {}).items():
-            self.add(name, ms)
+        self._names = {ORIGINAL}
+        self._seen: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
+        self.last = Slowed()
+        """Of the last race."""
+        self.add(usual_ms or {})
 
-    def add(self, name: str, ms: float | None = None) -> None:
-        """Watch a racer from now on, which was seen to take ``ms``."""
-        seen = self._seen.setdefault(name, deque(maxlen=REMEMBERED))
-        if ms is not None:
-            seen.append(ms)
+    def add(self, took_ms: Mapping[str, float]) -> None:
+        """Watch these racers from now on, which were seen to take so long."""
+        self._names |= set(took_ms)
+        if took_ms:
+            self._seen.append(dict(took_ms))
 
     def undisturbed(
         self, race_once: Callable[[], Race], has_time: Callable[[], bool] = lambda: True
@@ -78,24 +83,28 @@ class Watch:
         races = [self._watched(race_once())]
         while races[-1][1].is_doubtful and len(races) < MOST_RACES and has_time():
             races.append(self._watched(race_once()))
+        self.last = races[-1][1]
         return min(races, key=lambda each: each[1].beyond)
 
     def slowed(self, medians_ms: Mapping[str, float | None]) -> Slowed:
-        """The watched racer that took longest for its usual time, of those whose time is given."""
+        """The watched racer that took longest for its usual time, of those whose time is given and
+        that were in one of the last races."""
         found = [
-            Slowed(name=name, factor=ms / min(seen))
-            for name, seen in self._seen.items()
-            if seen and (ms := medians_ms.get(name))
+            Slowed(name=name, factor=ms / usual)
+            for name in self._names
+            if (ms := medians_ms.get(name)) and (usual := self._usual(name))
         ]
         return max(found, key=lambda each: each.beyond, default=Slowed())
 
+    def _usual(self, name: str) -> float | None:
+        return min((took[name] for took in self._seen if name in took), default=None)
+
     def _watched(self, times: Race) -> tuple[Race, Slowed]:
-        medians = {
-            name: median([call for block in times.blocks[name] for call in block])
-            for name in self._seen
-            if name in times.blocks
+        took = {
+            name: median([call for block in blocks for call in block])
+            for name, blocks in times.blocks.items()
+            if name in self._names
         }
-        slowed = self.slowed(medians)
-        for name, ms in medians.items():
-            self._seen[name].append(ms)
+        slowed = self.slowed(took)
+        self._seen.append(took)
         return times, slowed

@@ -155,7 +155,7 @@ def _held(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
 def _bounded(aimed: float, most: float, held: float, high: float | None, *, first: float) -> float:
     """What is aimed at; when that holds a step further, to where all of the budget is used up.
 
-    Below what was too much; without such, not beyond the first guess or far beyond what held.
+    Below what was too much; without such, not beyond ``first`` or far beyond what held.
     """
     if held >= HELD * aimed:
         aimed = max(held, min(STEP * held, most))

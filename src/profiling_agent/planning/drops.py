@@ -26,14 +26,15 @@ from profiling_agent.records.evaluation import Accuracy
 from profiling_agent.records.trial import Trial
 
 KL_PER_POINT = 0.02
-"""First guess of the divergence (nats) that costs one point of accuracy, where noise tells none."""
+"""First guess of the divergence (nats) that costs one point of accuracy, where noise tells none;
+and how far the first plans may go in any case (``allowance.py``)."""
 CHANGED = 25.0
 """The same for the percentage of answers that change, over the root of the divergence (nats); 20
 and 22 were measured of the demos' models."""
 SPREAD, WIDER = 0.7, 1.0
 """Of the logarithm of the slope about what noise costs, and about those. Plans of four models lost
 0.5 to 3 times what noise of their divergence does."""
-REACH, NUM_STEPS = 4.0, 161
+REACH, NUM_STEPS = 8.0, 321
 """Of the grid on which the slope is found: so many spreads each way."""
 MAX_POINTS = 5.0
 """Of a budget in another unit, for the first guess; an error near zero would make it boundless."""
@@ -134,9 +135,9 @@ _Point = tuple[float, float, float]
 
 
 def _fit(known: Sequence[_Point], guess: Slope) -> Slope:
-    """The mean and the standard deviation of the slope after the points; before them its logarithm
-    is normal and its mean the guess. Summed over a grid. What the points' errors share is not
-    averaged out."""
+    """The slope after the points, the mean and the standard deviation over a grid; before them its
+    logarithm is normal and its mean the guess. What the points' errors share is not averaged out.
+    """
     aparts, drops, errors = (np.array(column)[:, None] for column in zip(*known, strict=True))
     along, least = aparts**guess.power, (LEAST * guess.blur) ** 2
     steps = np.linspace(-REACH, REACH, NUM_STEPS)
@@ -171,7 +172,11 @@ def _unlikelihood(known: Sequence[_Point], slope: Slope) -> float:
 
 def expected_drop(trial: Trial, slope: Slope | None) -> float | None:
     """In the metric's unit; the drop as it was measured where there is no divergence to go by,
-    ``None`` where that is missing too."""
+    ``None`` where that is missing too.
+
+    That the trial has helped to fit the slope is not taken off, which gives its own drop a little
+    more weight.
+    """
     accuracy = trial.on_search
     if accuracy is None or accuracy.drop is None:
         return None

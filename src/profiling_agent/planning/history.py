@@ -26,11 +26,15 @@ def search_drop(trial: Trial) -> float | None:
 
 
 def relative_latency(trial: Trial) -> float | None:
-    """Latency over the baseline's, from one interleaved measurement."""
-    evaluation = trial.evaluation
-    if evaluation is None or evaluation.speedup is None:
-        return None
-    return 1.0 / evaluation.speedup.ratio.estimate
+    """Latency over the baseline's, from one interleaved measurement; by way of the reference where
+    that was in it."""
+    return _relative(trial.evaluation) if trial.evaluation else None
+
+
+def _relative(evaluation: Evaluation) -> float | None:
+    if evaluation.relative is not None:
+        return evaluation.relative
+    return 1.0 / evaluation.speedup.ratio.estimate if evaluation.speedup else None
 
 
 def objective_value(evaluation: Evaluation, budget: Budget) -> float | None:
@@ -41,7 +45,7 @@ def objective_value(evaluation: Evaluation, budget: Budget) -> float | None:
     """
     match budget.objective:
         case "latency" | "throughput":
-            return 1.0 / evaluation.speedup.ratio.estimate if evaluation.speedup else None
+            return _relative(evaluation)
         case "size":
             return None if evaluation.size_bytes is None else float(evaluation.size_bytes)
         case "memory":

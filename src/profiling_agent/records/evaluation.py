@@ -57,10 +57,14 @@ class Evaluation(Record):
     accuracy: tuple[Accuracy, ...]
     timing: Timing | None
     speedup: Speedup | None
-    reference_ms: float | None = Field(
+    reference: str | None = Field(
+        default=None, description="the control that was in the same race to tell a busy machine"
+    )
+    reference_ms: float | None = Field(default=None, description="median of a call of that")
+    relative: float | None = Field(
         default=None,
-        description="median of a call of the fastest control in the same race, where it took part: "
-        "it tells a busy machine",
+        description="latency over the baseline's by way of the reference: over that in this race, "
+        "times what that was seen to take; artefacts differ less from race to race than eager mode",
     )
     throughput_per_s: float | None = Field(description="samples a second at that batch size")
     size_bytes: int | None = Field(description="bytes of the model files")
