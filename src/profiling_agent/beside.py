@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from profiling_agent.errors import TrialError
-from profiling_agent.evaluation.measure import Protocol
+from profiling_agent.evaluation.measure import TRIAL, Protocol
 from profiling_agent.machine.clock import now
 from profiling_agent.planning.decide import best_control, contenders
 from profiling_agent.planning.history import relative_latency
@@ -40,7 +40,7 @@ def _seconds(call_s: float, num_artefacts: int) -> float:
 
 def _protocol(call_s: float) -> Protocol:
     """It is to rank them, not to carry a headline."""
-    return Protocol(num_blocks=8, block_s=0.1).suited_to(call_s)
+    return TRIAL.suited_to(call_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from profiling_agent.errors import MissingDependency, PlanError, TrialError
-from profiling_agent.evaluation.measure import Protocol
+from profiling_agent.evaluation.measure import TRIAL, Protocol
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.evaluation.watch import Slowed
 from profiling_agent.machine.clock import now
@@ -31,7 +31,6 @@ from profiling_agent.trial import TrialRunner, median_ms
 
 RATIOS = (0.5, 0.25)
 """Measured of each shape, the larger cut first: it tells most about a single point."""
-PROTOCOL = Protocol(num_blocks=8, block_s=0.1)
 MIN_BUILD_S = 10.0
 """That a build may take at least, so that the deadline alone makes none fail."""
 
@@ -82,7 +81,7 @@ def measure_deployed_widths(
                     folder,
                     control.trial_id,
                     control_folder(control.trial_id),
-                    PROTOCOL.suited_to(call_s),
+                    TRIAL.suited_to(call_s),
                     deadline=deadline,
                 )
                 points.setdefault(shape, []).append(point)

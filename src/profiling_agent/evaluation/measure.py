@@ -22,8 +22,8 @@ from profiling_agent.records.common import Interval, Timing
 class Protocol:
     """How long and how often: ``num_blocks`` blocks of each, ``block_s`` seconds, a warm-up."""
 
-    num_blocks: int = 12
-    block_s: float = 0.15
+    num_blocks: int = 8
+    block_s: float = 0.1
     min_calls: int = 3
     warmup: int = 3
 
@@ -40,7 +40,7 @@ class Protocol:
 
 
 MIN_BLOCKS = 5
-TRIAL = Protocol(num_blocks=8, block_s=0.1)
+TRIAL = Protocol()
 FINAL = Protocol(num_blocks=24, block_s=0.2)
 
 

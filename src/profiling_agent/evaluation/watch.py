@@ -34,7 +34,7 @@ class Slowed:
 
     @property
     def is_doubtful(self) -> bool:
-        return self.factor > limit_of(self.name)
+        return self.beyond > 1.0
 
     @property
     def beyond(self) -> float:

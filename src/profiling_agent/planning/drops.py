@@ -32,8 +32,8 @@ CHANGED = 25.0
 """The same for the percentage of answers that change, over the root of the divergence (nats); 20
 and 22 were measured of the demos' models."""
 SPREAD, WIDER = 0.7, 1.0
-"""Of the logarithm of the slope about what noise costs, and about those. Plans of four models lost
-0.5 to 3 times what noise of their divergence does."""
+"""Of the logarithm of the slope about what noise costs, and about those. Plans of three models lost
+0.5 to 4 times what noise of their divergence does."""
 REACH, NUM_STEPS = 8.0, 321
 """Of the grid on which the slope is found: so many spreads each way."""
 MAX_POINTS = 5.0
