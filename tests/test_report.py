@@ -613,6 +613,17 @@ def test_chart_writes_the_budget_and_the_drops_of_a_small_unit() -> None:
 # --- profile ---------------------------------------------------------------------------------
 
 
+def test_a_profile_of_an_earlier_run_says_so() -> None:
+    when = "2026-11-27 07:00 UTC"
+    for profile, words in (
+        (make.make_profile(), ""),
+        (make.make_profile(reused_from=when), f"by an earlier run on this machine, {when}"),
+    ):
+        for text in (shown(render_profile(profile)), render_html(make.make_run(), profile)):
+            assert ("earlier run" in text) == bool(words)
+            assert words in " ".join(text.split())
+
+
 def test_profile_shows_whole_parts_order_and_gaps() -> None:
     text = shown(render_profile(make.make_profile()))
     assert "whole forward 4.00 ms [3.80, 4.40], sum of parts 3.60 ms (90.0 % of the whole)" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from profiling_agent.machine.torch_state import threads
 from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.history import relative_latency
 from profiling_agent.records.common import Budget, Deployment
-from profiling_agent.records.evaluation import Evaluation, Speedup
+from profiling_agent.records.evaluation import BuiltArtefact, Evaluation, Speedup
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunSettings, Trial
@@ -103,6 +104,21 @@ class Dying:
         raise TrialError("it died")
 
 
+class BuiltOnce(LocalBuilder):
+    """Builds the first plan; the others here are the same, and copied."""
+
+    built: tuple[Path, BuiltArtefact] | None = None
+
+    def build(
+        self, plan: Plan, folder: Path, deployment: Deployment, timeout_s: float = 0.0
+    ) -> BuiltArtefact:
+        if self.built is None:
+            self.built = folder, super().build(plan, folder, deployment)
+        else:
+            shutil.copytree(self.built[0], folder)
+        return self.built[1]
+
+
 def test_only_the_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = make_data(900)
     data = tmp_path / "data"
@@ -115,7 +131,7 @@ def test_only_the_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mo
     outputs = original.logits(data / "search")
     answers = judge.answers(outputs)
     runner = TrialRunner(
-        builder=LocalBuilder(workload),
+        builder=BuiltOnce(workload),
         workload=workload,
         baseline=Baseline(
             open=lambda: original,

@@ -11,7 +11,8 @@ import pytest
 from profiling_agent.errors import PlanError
 from profiling_agent.evaluation.measure import Protocol, Race, race
 from profiling_agent.evaluation.watch import Slowed
-from profiling_agent.profiling.width_cache import WidthCache, default_folder
+from profiling_agent.profiling.user_cache import user_folder
+from profiling_agent.profiling.width_cache import WidthCache
 from profiling_agent.records.common import Deployment, Machine
 from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Plan
@@ -91,11 +92,15 @@ PROFILE = make_profile(
 
 
 def measure(
-    runner: FakeRunner, tmp_path: Path, seconds: float = 60.0, cache: WidthCache | None = None
+    runner: FakeRunner,
+    tmp_path: Path,
+    seconds: float = 60.0,
+    cache: WidthCache | None = None,
+    profile: Profile = PROFILE,
 ) -> Any:
     return measure_deployed_widths(
         runner,  # type: ignore[arg-type]
-        PROFILE,
+        profile,
         [make_control("c1", "openvino", "int8-static")],
         tmp_path / "width",
         control_folder=lambda trial_id: tmp_path / trial_id,
@@ -199,6 +204,26 @@ def test_what_was_timed_while_the_machine_was_busy_serves_this_run_alone(tmp_pat
     assert again == ()
 
 
+def test_an_earlier_profile_of_the_same_model_needs_only_what_was_not_timed_well(
+    tmp_path: Path,
+) -> None:
+    tables, _ = measure(FakeRunner(PROFILE, refuses="small"), tmp_path)
+    elsewhere = tables[0].model_copy(update={"scheme": "fp32"})
+    whole, earlier = tables[0].model_copy(update={"is_reused": True}), PROFILE
+    earlier = earlier.model_copy(update={"deployed_widths": (elsewhere, whole)})
+    runner = FakeRunner(PROFILE)
+    again, missing = measure(runner, tmp_path, profile=earlier)
+    assert missing == () and again[:2] == (elsewhere, whole)
+    assert [table.shape_class for table in again[2:]] == ["mlp/32"]
+    cut = {line.match for plan in runner.plans for line in plan.pruning}
+    assert len(cut) == 1 and "small" in cut.pop()
+    busy, _ = measure(FakeRunner(PROFILE, slowed=2.0), tmp_path)
+    assert [table.is_provisional for table in busy] == [True, True]
+    earlier = PROFILE.model_copy(update={"deployed_widths": busy})
+    again, _ = measure(FakeRunner(PROFILE), tmp_path, profile=earlier)
+    assert [table.is_provisional for table in again] == [False, False]
+
+
 def test_files_that_are_broken_or_cannot_be_written_cost_time_and_nothing_else(
     tmp_path: Path,
 ) -> None:
@@ -220,12 +245,12 @@ def test_a_user_without_a_home_keeps_no_widths(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
-    assert default_folder({}) is None
-    assert default_folder({"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")
+    assert user_folder("widths", {}) is None
+    assert user_folder("widths", {"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")
 
 
 def test_where_widths_are_kept() -> None:
-    assert default_folder({"PROFILING_AGENT_CACHE": "off"}) is None
-    assert default_folder({"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")
-    assert default_folder({"XDG_CACHE_HOME": "/c"}) == Path("/c/profiling-agent/widths")
-    assert default_folder({}) == Path.home() / ".cache" / "profiling-agent" / "widths"
+    assert user_folder("widths", {"PROFILING_AGENT_CACHE": "off"}) is None
+    assert user_folder("widths", {"PROFILING_AGENT_CACHE": "/a"}) == Path("/a/widths")
+    assert user_folder("widths", {"XDG_CACHE_HOME": "/c"}) == Path("/c/profiling-agent/widths")
+    assert user_folder("widths", {}) == Path.home() / ".cache" / "profiling-agent" / "widths"

@@ -45,6 +45,7 @@ from profiling_agent.records.store import RunStore, read_array, write_array, wri
 from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.ablation_html import render_ablation_html
 from profiling_agent.report.live import Progress, SilentProgress, quiet
+from profiling_agent.run_profile import take_profile
 from profiling_agent.run_state import package_version, refuse_others, resume
 from profiling_agent.workbench import Workbench
 
@@ -141,7 +142,8 @@ def compare_planners(
             stack=stack,
         )
         comparison = Comparison(bench, settings)
-        profile = bench.set_up()
+        bench.set_up()
+        profile = take_profile(bench)
         bench.time_s = settings.time_s
         record = comparison.walk(profile)
     write_text(store.ablation_record, record.to_json())

@@ -27,6 +27,7 @@ from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunRecord, RunSettings, Trial
 from profiling_agent.records.workload import WorkloadRecord
 from profiling_agent.report.live import Progress, SilentProgress
+from profiling_agent.run_profile import take_profile
 from profiling_agent.run_state import (
     draw_record,
     is_finished,
@@ -106,7 +107,8 @@ def _within_time(settings: RunSettings) -> LlmSettings | None:
 def _walk(bench: Workbench, planner: Planner) -> None:
     """Set up, search, finish; each looks at the state first and does what is missing."""
     _say_what_is_provable(bench.workload.record, bench.progress)
-    profile = bench.set_up()
+    bench.set_up()
+    profile = take_profile(bench)
     if profile is not None:
         _Search(bench, planner).walk(profile)
     bench.time_again(at_last=True)

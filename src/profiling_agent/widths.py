@@ -49,11 +49,13 @@ def measure_deployed_widths(
     """Tables of the controls' runtimes and schemes, the first control first, in about ``seconds``.
 
     ``folder`` is for the artefacts that are built and thrown away. What the time did not reach, or
-    can't be built, is listed with the reason. Tables in the ``cache`` take no time, and those that
-    are timed in full, and not while the machine was busy, go into it.
+    can't be built, is listed with the reason. Tables that the profile has from an earlier run, or
+    the ``cache``, take no time; those that are timed in full, and not while the machine was busy,
+    go into it.
     """
     deadline, longest = now() + seconds, 0.0
-    tables: list[DeployedWidths] = []
+    pairs = {pair_of(control) for control in controls}
+    tables = [t for t in profile.deployed_widths if _pair_of_table(t) not in pairs]
     missing: list[NotMeasured] = []
     for control in controls:
         pair = pair_of(control)
@@ -61,7 +63,7 @@ def measure_deployed_widths(
         points: dict[str, list[SharePoint]] = {}
         unfinished: set[str] = set()
         steps = list(_steps(profile))
-        known = _known(cache, pair, [shape for shape, _, _ in steps], whole_ms)
+        known = _known(profile, cache, pair, [shape for shape, _, _ in steps], whole_ms)
         tables += known.values()
         for shape, ratio, groups in steps:
             if shape in known:
@@ -97,21 +99,36 @@ def measure_deployed_widths(
                 scheme=pair.scheme,
                 shape_class=shape,
                 points=tuple(sorted(found, key=lambda point: point.width)),
+                is_provisional=shape in unfinished,
             )
             tables.append(table)
-            if cache is not None and shape not in unfinished:
+            if cache is not None and not table.is_provisional:
                 cache.keep(table, whole_ms)
     return tuple(tables), tuple(missing)
 
 
 def _known(
-    cache: WidthCache | None, pair: Pair, shapes: Sequence[str], whole_ms: float | None
+    profile: Profile,
+    cache: WidthCache | None,
+    pair: Pair,
+    shapes: Sequence[str],
+    whole_ms: float | None,
 ) -> dict[str, DeployedWidths]:
-    """Tables of earlier runs, by shape."""
-    if cache is None:
-        return {}
-    found = {s: cache.find(pair.runtime, pair.scheme, s, whole_ms) for s in shapes}
-    return {shape: table for shape, table in found.items() if table is not None}
+    """Tables of earlier runs, by shape: of this very model, else of another with the same."""
+    known = {
+        table.shape_class: table
+        for table in profile.deployed_widths
+        if _pair_of_table(table) == pair and not table.is_provisional
+    }
+    if cache is not None:
+        others = [shape for shape in shapes if shape not in known]
+        found = {s: cache.find(pair.runtime, pair.scheme, s, whole_ms) for s in others}
+        known |= {shape: table for shape, table in found.items() if table is not None}
+    return known
+
+
+def _pair_of_table(table: DeployedWidths) -> Pair:
+    return Pair(runtime=table.runtime, scheme=table.scheme)
 
 
 def _steps(profile: Profile) -> Iterator[tuple[str, float, list[GroupCost]]]:

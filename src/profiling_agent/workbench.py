@@ -1,4 +1,4 @@
-"""A model on the workbench: the original measured, the controls tried, the profile taken.
+"""A model on the workbench: the original measured, the controls tried.
 
 What every search starts from, and where its plans are carried out. Each step is journalled before
 the next begins, and what the journal holds already is not measured again.
@@ -28,30 +28,21 @@ from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
 from profiling_agent.planning.decide import best_control
-from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
-from profiling_agent.planning.fits import check_fits
 from profiling_agent.planning.history import (
     is_clearly_over,
     pareto,
     relative_latency,
     search_drop,
 )
-from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
-from profiling_agent.profiling.width_cache import WidthCache, default_folder
 from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.plan import Plan
-from profiling_agent.records.profile import DeployedProfile, Profile
-from profiling_agent.records.store import RunStore, read_array, write_array, write_text
+from profiling_agent.records.store import RunStore, read_array, write_array
 from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.live import Progress, quiet
 from profiling_agent.run_state import RunState
 from profiling_agent.trial import Baseline, TrialRunner, first_labels, timed_while_busy
-from profiling_agent.widths import measure_deployed_widths
 
-PROFILE_SHARE = 0.2
-MIN_PROFILE_S, PROFILE_FORWARDS = 5.0, 80
-"""What a profile takes at least: seconds, and forwards of the original on a sample."""
 CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
 """Of the time before the final stage, for controls; they stop there, but not before the second."""
 SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.012, 1000, 2.5
@@ -60,13 +51,8 @@ than the original: the first so many search samples are looked at, but never few
 MAX_OUTPUT_BYTES = 2**26
 """Of the original's outputs on the search samples: trials are compared with them if they are few
 enough to be held beside a trial's own."""
-DEPLOYED_SHARE = 0.05
-"""Of the time budget, for the operator times of the controls."""
 MOST_AGAIN = 2
 """Times that a trial is raced once more because the machine was busy."""
-WIDTHS_SHARE, MIN_WIDTHS_S, TRIALS_FIRST = 0.15, 10.0, 6
-"""Of the time budget, for widths in the runtimes; there are none with less than so many seconds,
-or when so many trials would not have time after them."""
 
 
 class Workbench:
@@ -103,12 +89,10 @@ class Workbench:
         """Seconds that remain."""
         return self.time_s - self.store.journal.clock()
 
-    def set_up(self) -> Profile | None:
-        """Measure the original and the controls, and take the profile.
+    def set_up(self) -> None:
+        """Measure the original and the controls.
 
-        Without a profile, for want of time or because the model can't be profiled, the warnings say
-        why, and the controls are all there is to choose from. ``ModelError`` for an original that
-        can't be measured or is broken.
+        ``ModelError`` for an original that can't be measured or is broken.
         """
         if self.is_live:
             self.warn("The model is a live object: its trials run in this process, unguarded.")
@@ -129,7 +113,6 @@ class Workbench:
         self.runner.watch(self.state.trials, self.store.trial)
         self._controls_beside()
         self.time_again()
-        return self._profile()
 
     def warn(self, text: str) -> None:
         if text not in self.state.warnings:
@@ -355,92 +338,6 @@ class Workbench:
             self.budget.time_s,
             num_artefacts,
             self.beside.most_seconds if num_artefacts > 1 else 0.0,
-        )
-
-    def _profile(self) -> Profile | None:
-        """The profile, or ``None`` with a warning: then the controls are all there is to choose."""
-        if self.store.profile.exists() and self.state.profile_path is not None:
-            profile = Profile.read(self.store.profile)
-            check_fits(profile, self.machine, self.deployment)
-            return profile
-        if self.state.candidates is not None:
-            return None
-        left = self.left - self.reserve()
-        if left < MIN_PROFILE_S + PROFILE_FORWARDS * self.call_s():
-            self.warn(
-                "Nothing was searched: the controls took the time budget. Allow a larger "
-                "--time-budget."
-            )
-            return None
-        deployed = self._deployed()
-        self.progress.stage("profiling", "costs, groups, sensitivity")
-        left = self.left - self.reserve()
-        seconds = max(5.0, min(PROFILE_SHARE * self.budget.time_s, left))
-        try:
-            with quiet(self.progress):
-                profile = self.runner.builder.profile(self.deployment, seconds)
-        except TrialError as error:
-            self.warn(
-                f"Nothing was searched, since the model can't be profiled: {error} Try "
-                "'profiling-agent profile' on it alone."
-            )
-            return None
-        finally:
-            self.runner.builder.pause()
-        profile = self._with_widths(profile.model_copy(update={"deployed": deployed}))
-        write_text(self.store.profile, profile.to_json())
-        self.state.profile_path = self.store.profile.name
-        self.store.journal.append("profile", {"path": self.store.profile.name})
-        return profile
-
-    def _deployed(self) -> tuple[DeployedProfile, ...]:
-        """Operator times of the int8 controls and their float counterparts, the fastest first."""
-        ends = self.store.journal.clock() + DEPLOYED_SHARE * self.budget.time_s
-
-        def profile(trial: Trial) -> DeployedProfile | None:
-            self.progress.stage("profiling", f"the operators of {trial.label}")
-            try:
-                return profile_artefact(
-                    self.store.trial(trial.trial_id),
-                    self.store.data / "calibration",
-                    self.deployment,
-                    memory_limit=self.memory_limit,
-                )
-            except TrialError as error:
-                self.warn(f"The operators of {trial.label} could not be timed: {error}")
-                return None
-
-        return profile_pairs(
-            controls_to_profile(self.state.trials),
-            profile,
-            has_time=lambda: self.store.journal.clock() <= ends,
-        )
-
-    def _with_widths(self, profile: Profile) -> Profile:
-        """The profile with widths timed in the runtimes that are likely to serve."""
-        left = self.left - self.reserve() - TRIALS_FIRST * self.usual_trial_s()
-        seconds = min(WIDTHS_SHARE * self.budget.time_s, left)
-        if not profile.groups or seconds < MIN_WIDTHS_S:
-            return profile
-        self.progress.stage("profiling", "widths in the runtimes that are likely to serve")
-        with quiet(self.progress):
-            tables, missing = measure_deployed_widths(
-                self.runner,
-                profile,
-                likely_to_serve(self.state.trials, self.budget),
-                self.store.trial("width"),
-                control_folder=self.store.trial,
-                seconds=seconds,
-                call_s=self.call_s(),
-                cache=WidthCache(
-                    folder=default_folder(), machine=profile.machine, deployment=self.deployment
-                ),
-            )
-        return profile.model_copy(
-            update={
-                "deployed_widths": tables,
-                "not_measured": (*profile.not_measured, *missing),
-            }
         )
 
     def try_plan(self, trial_id: str, plan: Plan, author: str, **known: Any) -> Trial:

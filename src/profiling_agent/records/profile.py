@@ -74,6 +74,10 @@ class DeployedWidths(Record):
     shape_class: str
     points: tuple[SharePoint, ...]
     is_reused: bool = Field(default=False, description="timed by an earlier run on this machine")
+    is_provisional: bool = Field(
+        default=False,
+        description="timed while the machine was busy, or not in full; the next run does it again",
+    )
 
 
 class SensitivityPoint(Record):
@@ -194,6 +198,10 @@ class Profile(Record):
     unsupported_operators: tuple[str, ...] = ()
     not_measured: tuple[NotMeasured, ...] = ()
     seconds_spent: float = 0.0
+    reused_from: str | None = Field(
+        default=None,
+        description="when an earlier run on this machine took it, in UTC; None when this one did",
+    )
 
     def group(self, group_id: str) -> GroupCost:
         return next(group for group in self.groups if group.id == group_id)

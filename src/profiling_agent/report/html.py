@@ -19,6 +19,7 @@ from profiling_agent.report.profile_view import (
     module_name,
     schemes_in_words,
     slowest_modules,
+    taken_when,
     whole_and_parts,
 )
 from profiling_agent.report.summary import (
@@ -235,6 +236,7 @@ def _profile_sections(record: RunRecord, profile: Profile) -> list[str]:
             ("parameters", as_count(profile.num_parameters)),
             ("peak activations", in_megabytes(profile.peak_activation_bytes)),
             ("runtimes", schemes_in_words(profile)),
+            *([("profiled", when)] if (when := taken_when(profile)) else []),
         ]
     )
     modules = slowest_modules(profile, NUM_BOTTLENECKS)

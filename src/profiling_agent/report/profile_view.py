@@ -80,6 +80,12 @@ def whole_and_parts(profile: Profile) -> str:
     return words
 
 
+def taken_when(profile: Profile) -> str:
+    """Whether it is this run's; empty where it is."""
+    when = profile.reused_from
+    return "" if when is None else f"by an earlier run on this machine, {printable(when, 40)}"
+
+
 def divergence_name(profile: Profile) -> tuple[str, str]:
     """How sensitivity is called for what this model returns, and what it measures."""
     if profile.workload.task.num_classes is not None:
@@ -107,6 +113,7 @@ def _summary(profile: Profile) -> Text:
         f"{as_count(profile.num_parameters)} parameters, {as_count(profile.total_macs)} MACs, "
         f"peak activations {in_megabytes(profile.peak_activation_bytes)}",
     ]
+    lines += [f"taken {words}"] if (words := taken_when(profile)) else []
     schemes = schemes_in_words(profile)
     lines += [f"runtimes: {schemes}"] if schemes else []
     lines += [f"{name}: {words}" for name, words in facts_of_data(profile.workload)]
