@@ -16,11 +16,11 @@ from torch import nn
 from profiling_agent.deployment.runtimes import available
 from profiling_agent.profiling import profile_cache
 from profiling_agent.profiling.profile_cache import KeptProfile, ProfileCache, architecture
-from profiling_agent.records.common import Budget, Deployment, NotMeasured
+from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.profile import DeployedProfile, DeployedWidths, Profile, SharePoint
 from profiling_agent.records.store import RunStore
 from profiling_agent.report.live import SilentProgress
-from profiling_agent.run_profile import is_undisturbed, take_profile
+from profiling_agent.run_profile import take_profile, undisturbed
 from profiling_agent.run_state import RunState
 from record_factory import (
     make_control,
@@ -196,7 +196,7 @@ def run_in(folder: Path, *, time_s: float = 300.0, left: float = 200.0) -> Any:
     return SimpleNamespace(
         store=store,
         state=RunState(),
-        runner=SimpleNamespace(builder=Builder(), is_busy=False),
+        runner=SimpleNamespace(builder=Builder()),
         workload=SimpleNamespace(record=make_workload(), model=Net()),
         machine=profile.machine,
         deployment=Deployment(),
@@ -213,7 +213,7 @@ def run_in(folder: Path, *, time_s: float = 300.0, left: float = 200.0) -> Any:
 def test_a_second_run_takes_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROFILING_AGENT_CACHE", str(tmp_path / "cache"))
     busy, first, second = (run_in(tmp_path / name) for name in ("busy", "first", "second"))
-    busy.runner.is_busy = True
+    busy.call_s = lambda: 1e-3  # and the profile says 4 ms
     taken = [take_profile(each) for each in (busy, first, second)]
     assert [each.runner.builder.taken for each in (busy, first, second)] == [[60.0], [60.0], []]
     assert taken[0] == taken[1] and taken[2] is not None
@@ -229,12 +229,11 @@ def test_a_second_run_takes_no_profile(tmp_path: Path, monkeypatch: pytest.Monke
     assert take_profile(anew) is not None and anew.runner.builder.taken == [60.0]
 
 
-def bench(*, busy: bool = False) -> Any:
+def bench() -> Any:
     control = make_control("c1", "openvino", "int8-static")
     evaluation = make_evaluation("c1", runtime="openvino", timing=make_timing(1.0))
     trials = [control.model_copy(update={"evaluation": evaluation})]
     return SimpleNamespace(
-        runner=SimpleNamespace(is_busy=busy),
         state=SimpleNamespace(trials=trials),
         call_s=lambda: 4e-3,
     )
@@ -257,9 +256,9 @@ def timed(operators_ms: float = 1.0, whole_ms: float = 4.0) -> Any:
 
 
 def test_what_was_timed_while_the_machine_was_busy_is_not_kept() -> None:
-    assert is_undisturbed(bench(), timed())
-    assert not is_undisturbed(bench(busy=True), timed())
-    assert not is_undisturbed(bench(), timed(operators_ms=1.5))
-    assert not is_undisturbed(bench(), timed(whole_ms=6.0))
-    gap = NotMeasured(what="sensitivity of a", reason="the profiling time ran out")
-    assert is_undisturbed(bench(), make_profile(total=None, not_measured=(gap,)))
+    assert undisturbed(bench(), timed()) == timed()
+    without = timed().model_copy(update={"deployed": ()})
+    assert undisturbed(bench(), timed(operators_ms=1.5)) == without
+    assert undisturbed(bench(), timed(whole_ms=6.0)) is None
+    untimed = make_profile(total=None)
+    assert undisturbed(bench(), untimed) == untimed

@@ -15,6 +15,7 @@ import pytest
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
+from profiling_agent.beside import Beside
 from profiling_agent.building import LocalBuilder
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.judge import find_judge
@@ -207,7 +208,7 @@ def slowed(evaluation: Evaluation, factor: float) -> Evaluation:
     return evaluation.model_copy(update={"speedup": Speedup(over="baseline", ratio=ratio)})
 
 
-class Beside:
+class Racing:
     """A runner whose races have these results."""
 
     def __init__(self, times: dict[str, float] | None) -> None:
@@ -227,7 +228,7 @@ class Beside:
 
 
 def nominated(
-    runner: Beside,
+    runner: Racing,
     folder: Path,
     budget: Budget,
     said: list[str],
@@ -238,14 +239,21 @@ def nominated(
     trials += [raced(f"t{n}", 1.0, gain) for n, gain in ((1, 7.5), (2, 5.0), (3, 6.0), (4, 7.0))]
     trials += more
     split = SimpleNamespace(num_samples=5000)
+    store, baseline = RunStore(folder), make_evaluation()
+    assert baseline.timing is not None
     finish = Finish(
-        store=RunStore(folder),
+        store=store,
         settings=RunSettings(budget=budget, deployment=Deployment()),
         workload=SimpleNamespace(record=SimpleNamespace(split=lambda _: split)),  # pyright: ignore
-        state=RunState(trials=trials, baseline=make_evaluation()),
-        runner=runner,  # pyright: ignore[reportArgumentType]
-        progress=SilentProgress(),
-        warn=said.append,
+        state=RunState(trials=trials, baseline=baseline),
+        beside=Beside(
+            runner=runner,  # pyright: ignore[reportArgumentType]
+            store=store,
+            budget=budget,
+            call_s=baseline.timing.median_ms / 1e3,
+            progress=SilentProgress(),
+            warn=said.append,
+        ),
     )
     return [candidate.trial_id for candidate in finish._candidates()]
 
@@ -259,29 +267,29 @@ def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
 ) -> None:
     """Of several races of their own the luckiest comes first."""
     said: list[str] = []
-    lucky = Beside({"c1": 4.1, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
+    lucky = Racing({"c1": 4.1, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
     budget = Budget(max_drop=0.5, time_s=600.0)
     assert nominated(lucky, tmp_path, budget, said)[:3] == ["t4", "t3", "t1"]
     assert lucky.raced == ["c1", "t1", "t4", "t3", "t2"]  # the fastest first
-    slower = Beside({"c1": 6.5, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
+    slower = Racing({"c1": 6.5, "t1": 5.9, "t2": 4.0, "t3": 6.1, "t4": 6.8})
     assert nominated(slower, tmp_path, budget, said) == ["t4"]  # the others don't beat the control
-    busy = Beside({"c1": 2.0, "t1": 3.6, "t2": 2.4, "t3": 3.0, "t4": 3.5, "t5": 2.3})
+    busy = Racing({"c1": 2.0, "t1": 3.6, "t2": 2.4, "t3": 3.0, "t4": 3.5, "t5": 2.3})
     five, slow = Budget(max_drop=0.5, time_s=228.0), [raced("t5", 1.0, 4.95), raced("t6", 1.0, 4.9)]
     named = nominated(busy, tmp_path / "busy", five, said, more=slow)
     assert "t6" not in busy.raced and named == ["t1", "t4", "t3"]  # though 4.9 is more than 3.6
     for other in (Budget(max_drop=0.5, time_s=60.0), Budget(max_drop=0.5, objective="size")):
-        unasked = Beside({})
+        unasked = Racing({})
         assert nominated(unasked, tmp_path, other, said)[:1] in (["t1"], [])
         assert unasked.raced == []
     assert said == []
-    assert nominated(Beside(None), tmp_path, budget, said)[0] == "t1"
+    assert nominated(Racing(None), tmp_path, budget, said)[0] == "t1"
     assert "could not be timed beside each other" in said[0]
 
 
 def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -> None:
     """Plans start from them, so their order must not be that of the original's noise."""
 
-    def bench_of(runner: Beside, folder: Path, time_s: float) -> Workbench:
+    def bench_of(runner: Racing, folder: Path, time_s: float) -> Workbench:
         split = SimpleNamespace(num_samples=500)
         controls = [
             make_control(f"c{n}", "openvino", scheme, evaluation=of(speedup))
@@ -304,7 +312,7 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
         made.runner = runner  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
-    runner = Beside({"c1": 5.2, "c2": 2.0, "c3": 4.8})
+    runner = Racing({"c1": 5.2, "c2": 2.0, "c3": 4.8})
     bench = bench_of(runner, tmp_path / "long", 600.0)
     for _ in range(2):
         bench._controls_beside()
@@ -315,14 +323,14 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
     assert first is not None and first.trial_id == "c1"
     assert read_state(bench.store).controls_timed
 
-    for failing, time_s in ((Beside(None), 600.0), (Beside({}), 60.0)):
+    for failing, time_s in ((Racing(None), 600.0), (Racing({}), 60.0)):
         other = bench_of(failing, tmp_path / str(time_s) / "run", time_s)
         before = list(other.state.trials)
         other._controls_beside()
         assert other.state.trials == before and not other.state.controls_timed
         assert bool(other.state.warnings) == (failing.times is None)
 
-    plans = Beside({"c1": 4.0, "t1": 5.2, "t2": 6.1})
+    plans = Racing({"c1": 4.0, "t1": 5.2, "t2": 6.1})
     bench = bench_of(plans, tmp_path / "plans", 600.0)
     bench.state.trials = [bench.state.trials[0], raced("t1", 1.0, 7.0), raced("t2", 1.0, 6.0)]
     before = list(bench.state.trials)

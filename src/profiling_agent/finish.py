@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluati
 from profiling_agent.records.store import RunStore, read_array, write_array
 from profiling_agent.records.trial import Candidate, RunSettings, Trial, Verdict
 from profiling_agent.records.workload import SplitName
-from profiling_agent.report.live import Progress, quiet
+from profiling_agent.report.live import quiet
 from profiling_agent.run_state import RunState
-from profiling_agent.trial import TrialRunner, evaluation_of
+from profiling_agent.trial import evaluation_of
 
 RACE_SHARE = 0.1
 """Of the time budget, at most, for the race that the headline is taken from."""
@@ -99,25 +99,14 @@ class Finish:
         settings: RunSettings,
         workload: Workload,
         state: RunState,
-        runner: TrialRunner,
-        progress: Progress,
-        warn: Callable[[str], None],
+        beside: Beside,
     ) -> None:
-        self.store, self.workload, self.state, self.runner = store, workload, state, runner
-        self.progress, self.warn, self.judge = progress, warn, runner.judge
+        self.store, self.workload, self.state = store, workload, state
+        self.beside, self.runner, self.judge = beside, beside.runner, beside.runner.judge
+        self.progress, self.warn = beside.progress, beside.warn
         self.budget, self.deployment = settings.budget, settings.deployment
-        timing = state.baseline.timing if state.baseline else None
-        assert timing is not None
-        self.call_s = timing.median_ms / 1e3
+        self.call_s = beside.call_s
         self.protocol = final_protocol(self.budget.time_s, self.call_s)
-        self.beside = Beside(
-            runner=runner,
-            store=store,
-            budget=self.budget,
-            call_s=self.call_s,
-            progress=progress,
-            warn=warn,
-        )
 
     def walk(self) -> None:
         candidates = self._candidates()

@@ -119,9 +119,7 @@ def _walk(bench: Workbench, planner: Planner) -> None:
         settings=bench.settings,
         workload=bench.workload,
         state=bench.state,
-        runner=bench.runner,
-        progress=bench.progress,
-        warn=bench.warn,
+        beside=bench.beside,
     ).walk()
 
 

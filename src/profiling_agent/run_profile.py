@@ -1,7 +1,8 @@
 """The profile that a run's plans start from: an earlier run's, or taken now.
 
-In parts: the operators of the int8 controls, by their own runtimes; costs, groups and sensitivity,
-in the worker; widths in the runtimes that are likely to serve.
+In parts: costs, groups and sensitivity, in the worker; the operators of the int8 controls, by their
+own runtimes; widths in the runtimes that are likely to serve. Each part that was timed while the
+machine was quiet is kept for later runs.
 """
 
 from __future__ import annotations
@@ -54,17 +55,20 @@ def take_profile(bench: Workbench) -> Profile | None:
         deployment=bench.deployment,
         version=package_version(),
     )
-    found = cache.find(_seconds(bench, DEPLOYED_SHARE * bench.budget.time_s))
+    found = cache.find(_seconds(bench))
     if found is not None:
         when = found.profile.reused_from
         bench.progress.message(f"the profile is an earlier run's, taken on this machine {when}")
     taken = found or _taken(bench)
     if taken is None:
         return None
-    profile = _with_widths(bench, taken.profile)
-    if profile != (found and found.profile) and is_undisturbed(bench, profile):
-        gaps = taken.profile.not_measured  # widths that there was no time for are tried again
-        kept = profile.model_copy(update={"not_measured": gaps})
+    profile = taken.profile
+    if not profile.deployed:
+        profile = profile.model_copy(update={"deployed": _operators(bench)})
+    profile = _with_widths(bench, profile)
+    gaps = taken.profile.not_measured  # widths that there was no time for are tried again
+    kept = undisturbed(bench, profile.model_copy(update={"not_measured": gaps}))
+    if kept is not None and kept != (found and found.profile):
         cache.keep(KeptProfile(seconds=taken.seconds, profile=kept))
     write_text(store.profile, profile.to_json())
     state.profile_path = store.profile.name
@@ -72,30 +76,28 @@ def take_profile(bench: Workbench) -> Profile | None:
     return profile
 
 
-def is_undisturbed(bench: Workbench, profile: Profile) -> bool:
-    """Whether no time in it, beside those that ran before or after it, says that the machine was
-    busy."""
-    if bench.runner.is_busy:
-        return False
+def undisturbed(bench: Workbench, profile: Profile) -> Profile | None:
+    """What of it was timed while the machine was quiet, by the times of the original and of the
+    controls in their races; None where the costs themselves were not."""
     whole = profile.total
     if whole is not None and whole.median_ms > DOUBTED_ORIGINAL * 1e3 * bench.call_s():
-        return False
+        return None
     raced = {pair: median_ms(trial) for pair, trial in controls(bench.state.trials).items()}
-    for deployed in profile.deployed:
-        usual = raced.get(Pair(runtime=deployed.runtime, scheme=deployed.scheme))
-        if usual is not None and deployed.total_ms > DOUBTED * usual:
-            return False
-    return True
+    usual = [
+        (deployed.total_ms, raced.get(Pair(runtime=deployed.runtime, scheme=deployed.scheme)))
+        for deployed in profile.deployed
+    ]
+    is_quiet = all(ms is None or took <= DOUBTED * ms for took, ms in usual)
+    return profile if is_quiet else profile.model_copy(update={"deployed": ()})
 
 
 def _taken(bench: Workbench) -> KeptProfile | None:
-    """All but the widths in the runtimes, and the seconds for it."""
+    """Costs, groups and sensitivity, and the seconds for it."""
     if bench.left - bench.reserve() < MIN_PROFILE_S + PROFILE_FORWARDS * bench.call_s():
         bench.warn(
             "Nothing was searched: the controls took the time budget. Allow a larger --time-budget."
         )
         return None
-    deployed = _operators(bench)
     bench.progress.stage("profiling", "costs, groups, sensitivity")
     seconds = max(MIN_PROFILE_S, _seconds(bench))
     try:
@@ -109,19 +111,18 @@ def _taken(bench: Workbench) -> KeptProfile | None:
         return None
     finally:
         bench.runner.builder.pause()
-    profile = profile.model_copy(update={"deployed": deployed})
     return KeptProfile(seconds=seconds, profile=profile)
 
 
-def _seconds(bench: Workbench, after_s: float = 0.0) -> float:
-    """What the worker's part may take, if it starts after so many seconds."""
-    return min(PROFILE_SHARE * bench.budget.time_s, bench.left - bench.reserve() - after_s)
+def _seconds(bench: Workbench) -> float:
+    """What the worker's part may take."""
+    return min(PROFILE_SHARE * bench.budget.time_s, bench.left - bench.reserve())
 
 
 def _operators(bench: Workbench) -> tuple[DeployedProfile, ...]:
     """Operator times of the int8 controls and their float counterparts, the fastest first."""
     clock = bench.store.journal.clock
-    ends = clock() + DEPLOYED_SHARE * bench.budget.time_s
+    ends = clock() + min(DEPLOYED_SHARE * bench.budget.time_s, bench.left - bench.reserve())
 
     def profile(trial: Trial) -> DeployedProfile | None:
         bench.progress.stage("profiling", f"the operators of {trial.label}")
