@@ -15,7 +15,7 @@ import pytest
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
-from profiling_agent.beside import Beside
+from profiling_agent.beside import Beside, contradict, pooled
 from profiling_agent.building import LocalBuilder
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.judge import find_judge
@@ -284,6 +284,25 @@ def test_the_fastest_plans_are_timed_beside_each_other_before_they_are_named(
     assert said == []
     assert nominated(Racing(None), tmp_path, budget, said)[0] == "t1"
     assert "could not be timed beside each other" in said[0]
+
+
+def test_a_place_is_the_mean_of_two_races_or_the_median_of_three() -> None:
+    own = [raced("c1", 1.0, 4.0), raced("t1", 1.0, 8.0), raced("t2", 1.0, 8.2)]
+    same = [raced("c1", 1.0, 2.0), raced("t1", 1.0, 4.0), raced("t2", 1.0, 4.0)]  # all half as fast
+    assert not contradict(own, same) and not contradict(own, [])
+    assert places(pooled(own, [same])) == pytest.approx([1.0, 2.0, (2.05 * 2.0) ** 0.5])
+    lucky = [raced("c1", 1.0, 4.0), raced("t1", 1.0, 8.0), raced("t2", 1.0, 10.0)]
+    assert contradict(own, lucky)
+    assert places(pooled(own, [lucky, same])) == pytest.approx([1.0, 2.0, 2.05])
+    left_out = raced("t3", 1.0, 7.9)
+    assert pooled([*own, left_out], [same])[-1] == left_out
+    assert pooled(own, []) == pooled(own, [[]]) == own
+
+
+def places(trials: Sequence[Trial]) -> list[float]:
+    """Times faster than the first."""
+    took = [relative_latency(trial) or 0.0 for trial in trials]
+    return [took[0] / each for each in took]
 
 
 def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ fastest plans before the search gives up and before candidates are named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -26,6 +27,9 @@ FEWEST, MOST, SHARE = 3, 8, 0.07
 """How many artefacts a race has: as many as take at most this share of the time budget."""
 OPENING_S = 8.0
 """For starting the processes of a race."""
+APART = 0.05
+"""How far an artefact's places in two races may be apart: with every start a process has another
+luck with memory and cores."""
 
 
 def _most(call_s: float, time_budget_s: float) -> int:
@@ -73,6 +77,17 @@ class Beside:
         """The fastest plans that could be handed over, as many as a race has."""
         return contenders(trials, self.budget, num_test)[: self.most]
 
+    def ranked(
+        self, trials: Sequence[Trial], num_test: int, has_time: Callable[[float], bool]
+    ) -> list[Trial]:
+        """All trials, the leaders and the best control by their own races and one of all of them;
+        by another too where those contradict each other and there is time for so many seconds."""
+        leaders = self.leaders(trials, num_test)
+        races = [self.race_plans(leaders, trials)]
+        if contradict(trials, races[0]) and has_time(_seconds(self.call_s, len(leaders) + 1)):
+            races.append(self.race_plans(leaders, trials))
+        return pooled(trials, races)
+
     def race_plans(self, plans: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
         """Two plans or more and the best control of the trials, as ``race``."""
         if len(plans) < 2:
@@ -101,23 +116,45 @@ class Beside:
             return []
 
 
-def by_one_measure(trials: Sequence[Trial], timed: Sequence[Trial]) -> list[Trial]:
-    """All trials, those that were timed beside each other in place of the same before, and the
-    others' speed-ups multiplied by what that race gave those: else one that was left out for being
-    slower would lead whenever the race was slower for all."""
-    new = {trial.trial_id: trial for trial in timed}
-    ratios = [
-        before / after
-        for trial in trials
-        if trial.trial_id in new
-        and (after := relative_latency(new[trial.trial_id])) is not None
-        and (before := relative_latency(trial)) is not None
-    ]
-    factor = median(ratios) if ratios else 1.0
-    return [new.get(trial.trial_id) or _scaled(trial, factor) for trial in trials]
+def contradict(trials: Sequence[Trial], again: Sequence[Trial]) -> bool:
+    """Whether an artefact's place in the race is another than in its own before."""
+    ratios = _ratios(trials, again)
+    usual = median(ratios.values()) if ratios else 1.0
+    return any(abs(ratio / usual - 1.0) > APART for ratio in ratios.values())
+
+
+def pooled(trials: Sequence[Trial], races: Sequence[Sequence[Trial]]) -> list[Trial]:
+    """All trials, with the median of an artefact's times in its own race and in these: of two, the
+    geometric mean.
+
+    A race may be slower or faster for all, or the original was: what counts is the place in it.
+    """
+    places: dict[str, list[float]] = {}
+    for again in races:
+        ratios = _ratios(trials, again)
+        for trial_id, ratio in ratios.items():
+            place = ratio / median(ratios.values())
+            places.setdefault(trial_id, [1.0]).append(place)
+    factors = {
+        trial_id: math.exp(median(math.log(place) for place in found))
+        for trial_id, found in places.items()
+    }
+    return [_scaled(trial, factors.get(trial.trial_id, 1.0)) for trial in trials]
+
+
+def _ratios(trials: Sequence[Trial], again: Sequence[Trial]) -> dict[str, float]:
+    """How many times faster each was in the race than in its own."""
+    before = {trial.trial_id: relative_latency(trial) for trial in trials}
+    return {
+        trial.trial_id: own / other
+        for trial in again
+        if (own := before.get(trial.trial_id)) is not None
+        and (other := relative_latency(trial)) is not None
+    }
 
 
 def _scaled(trial: Trial, factor: float) -> Trial:
+    """As if it were so many times faster."""
     evaluation = trial.evaluation
     if evaluation is None or evaluation.speedup is None:
         return trial

@@ -12,20 +12,23 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
-from profiling_agent.beside import OPENING_S, Beside, by_one_measure
+from profiling_agent.beside import OPENING_S, Beside
 from profiling_agent.deployment.opened import check_artefact
 from profiling_agent.errors import ArtefactError, BudgetError, ModelError, StorageError, TrialError
 from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import FINAL, Protocol, Race
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.planning.decide import (
+    MAX_CANDIDATES,
     Final,
+    best_control,
     conclude,
     nominate,
     proof_level,
     ranked_controls,
     within_budget,
 )
+from profiling_agent.planning.history import relative_latency
 from profiling_agent.records.common import Interval, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
 from profiling_agent.records.store import RunStore, read_array, write_array
@@ -150,13 +153,22 @@ class Finish:
     def _candidates(self) -> list[Candidate]:
         if self.state.candidates is None:
             num_test = self.workload.record.split("test").num_samples
-            leaders = self.beside.leaders(self.state.trials, num_test)
-            timed = self.beside.race_plans(leaders, self.state.trials)
-            trials = by_one_measure(self.state.trials, timed)
+            trials = self.beside.ranked(self.state.trials, num_test, self._has_time_before_the_test)
             self.state.candidates = nominate(trials, self.budget, num_test)
             dumped = [candidate.model_dump(mode="json") for candidate in self.state.candidates]
             self.store.journal.append("candidates", dumped)
         return self.state.candidates
+
+    def _has_time_before_the_test(self, seconds: float) -> bool:
+        """For something that takes so long, so that what follows fits into the time budget."""
+        control = best_control(self.state.trials, self.budget)
+        relative = (relative_latency(control) if control else None) or 1.0
+        num_test = self.workload.record.split("test").num_samples
+        num_calls = -(-num_test // self.deployment.batch_size)
+        rest = final_seconds(
+            num_calls, self.call_s, relative * self.call_s, self.budget.time_s, MAX_CANDIDATES
+        )
+        return self.store.journal.clock() + seconds + rest < self.budget.time_s
 
     def _trial(self, trial_id: str) -> Trial:
         return next(trial for trial in self.state.trials if trial.trial_id == trial_id)
