@@ -43,6 +43,7 @@ from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import RunSettings, Trial
 from profiling_agent.report.live import LineProgress
+from profiling_agent.run_profile import take_profile
 from profiling_agent.run_state import RunState
 from profiling_agent.workbench import Workbench
 
@@ -84,7 +85,8 @@ def search(name: str, batch_size: int, args: argparse.Namespace) -> list[dict[st
             judge=find_judge(workload.record.task, None), state=state,
             progress=LineProgress(args.log), is_live=False, stack=stack,
         )  # fmt: skip
-        profile = bench.set_up()
+        bench.set_up()
+        profile = take_profile(bench)
         for drop in args.drops:
             bench.time_s = store.journal.clock() + 60 * args.minutes
             row: dict[str, Any] = {"workload": name, "batch_size": batch_size, "max_drop": drop}

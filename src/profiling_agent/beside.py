@@ -84,7 +84,7 @@ class Beside:
         by another too where those contradict each other and there is time for so many seconds."""
         leaders = self.leaders(trials, num_test)
         races = [self.race_plans(leaders, trials)]
-        if contradict(trials, races[0]) and has_time(_seconds(self.call_s, len(leaders) + 1)):
+        if contradict(trials, races[0]) and has_time(self.seconds(len(leaders) + 1)):
             races.append(self.race_plans(leaders, trials))
         return pooled(trials, races)
 

@@ -166,7 +166,7 @@ class Finish:
         num_test = self.workload.record.split("test").num_samples
         num_calls = -(-num_test // self.deployment.batch_size)
         rest = final_seconds(
-            num_calls, self.call_s, relative * self.call_s, self.budget.time_s, MAX_CANDIDATES
+            num_calls, self.call_s, relative * self.call_s, self.budget.time_s, 1 + MAX_CANDIDATES
         )
         return self.store.journal.clock() + seconds + rest < self.budget.time_s
 

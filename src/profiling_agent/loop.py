@@ -155,6 +155,11 @@ class _Search:
         for number, proposal, author in proposals.walk(profile):
             if bench.left < bench.reserve() + 1.3 * bench.usual_trial_s():
                 bench.progress.message("the rest of the time is kept for the final measurement")
+                if not self._ours(0):
+                    bench.warn(
+                        "Nothing was searched: what was measured before took the time budget. "
+                        "Allow a larger --time-budget."
+                    )
                 break
             time = proposal.relative_latency
             trial = bench.try_plan(

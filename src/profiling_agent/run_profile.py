@@ -7,11 +7,13 @@ machine was quiet is kept for later runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.watch import DOUBTED, DOUBTED_ORIGINAL
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
-from profiling_agent.planning.history import Pair, controls
+from profiling_agent.planning.history import Pair, controls, pair_of
 from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
 from profiling_agent.profiling.profile_cache import KeptProfile, ProfileCache
 from profiling_agent.profiling.user_cache import user_folder
@@ -20,8 +22,7 @@ from profiling_agent.records.profile import DeployedProfile, Profile
 from profiling_agent.records.store import write_text
 from profiling_agent.records.trial import Trial
 from profiling_agent.report.live import quiet
-from profiling_agent.run_state import package_version
-from profiling_agent.trial import median_ms
+from profiling_agent.trial import median_ms, original_ms
 from profiling_agent.widths import measure_deployed_widths
 from profiling_agent.workbench import Workbench
 
@@ -53,51 +54,68 @@ def take_profile(bench: Workbench) -> Profile | None:
         workload=bench.workload,
         machine=bench.machine,
         deployment=bench.deployment,
-        version=package_version(),
     )
     found = cache.find(_seconds(bench))
-    if found is not None:
+    if found is None and not _has_time(bench):
+        bench.warn(
+            "Nothing was searched: the controls took the time budget. Allow a larger --time-budget."
+        )
+        return None
+    if found is not None and (is_quiet(bench, found.profile) or not _has_time(bench)):
+        taken = found
         when = found.profile.reused_from
         bench.progress.message(f"the profile is an earlier run's, taken on this machine {when}")
-    taken = found or _taken(bench)
+    else:
+        taken = _taken(bench)
     if taken is None:
         return None
-    profile = taken.profile
-    if not profile.deployed:
-        profile = profile.model_copy(update={"deployed": _operators(bench)})
+    quiet_before = undisturbed(bench, taken.profile.deployed)
+    profile = taken.profile.model_copy(update={"deployed": _operators(bench, quiet_before)})
     profile = _with_widths(bench, profile)
-    gaps = taken.profile.not_measured  # widths that there was no time for are tried again
-    kept = undisturbed(bench, profile.model_copy(update={"not_measured": gaps}))
-    if kept is not None and kept != (found and found.profile):
-        cache.keep(KeptProfile(seconds=taken.seconds, profile=kept))
+    if is_quiet(bench, profile):
+        kept = _for_later(bench, taken, profile)
+        if kept != found:
+            cache.keep(kept)
     write_text(store.profile, profile.to_json())
     state.profile_path = store.profile.name
     store.journal.append("profile", {"path": store.profile.name})
     return profile
 
 
-def undisturbed(bench: Workbench, profile: Profile) -> Profile | None:
-    """What of it was timed while the machine was quiet, by the times of the original and of the
-    controls in their races; None where the costs themselves were not."""
+def _for_later(bench: Workbench, taken: KeptProfile, profile: Profile) -> KeptProfile:
+    """Without operators that were timed while the machine was busy, and without a word on widths
+    that there was no time for: later runs try them again."""
+    operators = undisturbed(bench, profile.deployed)
+    update = {"deployed": operators, "not_measured": taken.profile.not_measured}
+    return KeptProfile(seconds=taken.seconds, profile=profile.model_copy(update=update))
+
+
+def is_quiet(bench: Workbench, profile: Profile) -> bool:
+    """Whether the original, in the costs of modules, took about as long as in the quietest of the
+    races so far."""
     whole = profile.total
-    if whole is not None and whole.median_ms > DOUBTED_ORIGINAL * 1e3 * bench.call_s():
-        return None
+    usual = min([1e3 * bench.call_s(), *filter(None, map(original_ms, bench.state.trials))])
+    return whole is None or whole.median_ms <= DOUBTED_ORIGINAL * usual
+
+
+def undisturbed(
+    bench: Workbench, operators: Sequence[DeployedProfile]
+) -> tuple[DeployedProfile, ...]:
+    """Those of artefacts that took about as long as in their races."""
     raced = {pair: median_ms(trial) for pair, trial in controls(bench.state.trials).items()}
-    usual = [
-        (deployed.total_ms, raced.get(Pair(runtime=deployed.runtime, scheme=deployed.scheme)))
-        for deployed in profile.deployed
-    ]
-    is_quiet = all(ms is None or took <= DOUBTED * ms for took, ms in usual)
-    return profile if is_quiet else profile.model_copy(update={"deployed": ()})
+    return tuple(
+        deployed
+        for deployed in operators
+        if (usual := raced.get(_pair(deployed))) is None or deployed.total_ms <= DOUBTED * usual
+    )
+
+
+def _pair(deployed: DeployedProfile) -> Pair:
+    return Pair(runtime=deployed.runtime, scheme=deployed.scheme)
 
 
 def _taken(bench: Workbench) -> KeptProfile | None:
     """Costs, groups and sensitivity, and the seconds for it."""
-    if bench.left - bench.reserve() < MIN_PROFILE_S + PROFILE_FORWARDS * bench.call_s():
-        bench.warn(
-            "Nothing was searched: the controls took the time budget. Allow a larger --time-budget."
-        )
-        return None
     bench.progress.stage("profiling", "costs, groups, sensitivity")
     seconds = max(MIN_PROFILE_S, _seconds(bench))
     try:
@@ -114,17 +132,25 @@ def _taken(bench: Workbench) -> KeptProfile | None:
     return KeptProfile(seconds=seconds, profile=profile)
 
 
+def _has_time(bench: Workbench) -> bool:
+    """For a profile."""
+    return bench.left - bench.reserve() >= MIN_PROFILE_S + PROFILE_FORWARDS * bench.call_s()
+
+
 def _seconds(bench: Workbench) -> float:
     """What the worker's part may take."""
     return min(PROFILE_SHARE * bench.budget.time_s, bench.left - bench.reserve())
 
 
-def _operators(bench: Workbench) -> tuple[DeployedProfile, ...]:
-    """Operator times of the int8 controls and their float counterparts, the fastest first."""
-    clock = bench.store.journal.clock
+def _operators(bench: Workbench, known: Sequence[DeployedProfile]) -> tuple[DeployedProfile, ...]:
+    """Operator times of the int8 controls and their float counterparts, the fastest first, and
+    those that are known."""
+    clock, by_pair = bench.store.journal.clock, {_pair(deployed): deployed for deployed in known}
     ends = clock() + min(DEPLOYED_SHARE * bench.budget.time_s, bench.left - bench.reserve())
 
     def profile(trial: Trial) -> DeployedProfile | None:
+        if pair_of(trial) in by_pair:
+            return by_pair[pair_of(trial)]
         bench.progress.stage("profiling", f"the operators of {trial.label}")
         try:
             return profile_artefact(
@@ -138,7 +164,9 @@ def _operators(bench: Workbench) -> tuple[DeployedProfile, ...]:
             return None
 
     pairs = controls_to_profile(bench.state.trials)
-    return profile_pairs(pairs, profile, has_time=lambda: clock() <= ends)
+    timed = profile_pairs(pairs, profile, has_time=lambda: clock() <= ends)
+    by_pair |= {_pair(deployed): deployed for deployed in timed}
+    return tuple(by_pair.values())
 
 
 def _with_widths(bench: Workbench, profile: Profile) -> Profile:

@@ -226,7 +226,7 @@ class TrialRunner:
 
     def _watched_ms(self, trial: Trial) -> dict[str, float | None]:
         """What the watched racers took in the trial's race."""
-        took = {ORIGINAL: _original_ms(trial)}
+        took = {ORIGINAL: original_ms(trial)}
         if trial.evaluation and trial.evaluation.reference:
             took[trial.evaluation.reference] = trial.evaluation.reference_ms
         return took
@@ -383,8 +383,8 @@ def _about(trials: Sequence[Trial], index: int) -> Sequence[Trial]:
 
 
 def _is_slow(trial: Trial, about: Sequence[Trial]) -> bool:
-    took = _original_ms(trial)
-    others = (ms for each in about if (ms := _original_ms(each)) is not None)
+    took = original_ms(trial)
+    others = (ms for each in about if (ms := original_ms(each)) is not None)
     if took is not None and took > DOUBTED_ORIGINAL * min(others):
         return True
     took = _reference_ms(trial)
@@ -423,7 +423,8 @@ class Reference:
         self._kept, self._is_gone = None, True
 
 
-def _original_ms(trial: Trial) -> float | None:
+def original_ms(trial: Trial) -> float | None:
+    """Milliseconds of the original's call in the trial's race."""
     evaluation = trial.evaluation
     if evaluation is None or evaluation.timing is None or evaluation.speedup is None:
         return None

@@ -54,8 +54,7 @@ def measure_deployed_widths(
     go into it.
     """
     deadline, longest = now() + seconds, 0.0
-    pairs = {pair_of(control) for control in controls}
-    tables = [t for t in profile.deployed_widths if _pair_of_table(t) not in pairs]
+    tables: list[DeployedWidths] = []
     missing: list[NotMeasured] = []
     for control in controls:
         pair = pair_of(control)
@@ -104,7 +103,17 @@ def measure_deployed_widths(
             tables.append(table)
             if cache is not None and not table.is_provisional:
                 cache.keep(table, whole_ms)
-    return tuple(tables), tuple(missing)
+    return tuple(_fullest([*profile.deployed_widths, *tables])), tuple(missing)
+
+
+def _fullest(tables: Sequence[DeployedWidths]) -> list[DeployedWidths]:
+    """Of the tables of one runtime, scheme and shape the last, but for one with more points."""
+    best: dict[tuple[Pair, str], DeployedWidths] = {}
+    for table in tables:
+        key = (_pair_of_table(table), table.shape_class)
+        if key not in best or len(table.points) >= len(best[key].points):
+            best[key] = table
+    return list(best.values())
 
 
 def _known(

@@ -9,11 +9,13 @@ planner or data to search and test on. One JSON file for each, in the user's cac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 
 from torch import nn
@@ -27,6 +29,8 @@ from profiling_agent.records.profile import Profile
 
 MOST_KEPT = 64
 """Profiles in the folder; the oldest go."""
+BESIDE = ("nncf", "onnx", "onnxscript", "timm", "torchvision", "transformers")
+"""Packages whose versions count too."""
 ENOUGH = 0.9
 """Of the seconds that a profile may take now, that another had; with more of them a profile looks
 at more samples, groups and layers."""
@@ -44,21 +48,19 @@ class ProfileCache:
     """The profile of one model, calibration split, machine and deployment.
 
     ``folder`` None finds and keeps nothing. What a forward reads outside its modules and their
-    classes is not seen when it changes: an old profile then misleads the search, and its trials,
-    which are measured, tell.
+    classes is not seen when it changes, nor is what they hold beside numbers, texts and functions:
+    an old profile then misleads the search, and its trials, which are measured, tell.
     """
 
     folder: Path | None
     workload: Workload
     machine: Machine
     deployment: Deployment
-    version: str
-    """Of this package."""
 
     def find(self, seconds: float) -> KeptProfile | None:
         """A profile that had about so many seconds or more, as one of this workload;
         ``reused_from`` tells when it was taken."""
-        kept = read_kept(self._path(), KeptProfile)
+        kept = read_kept(self._path, KeptProfile)
         if kept is None or kept.seconds < ENOUGH * seconds:
             return None
         tables = tuple(
@@ -67,7 +69,6 @@ class ProfileCache:
         profile = kept.profile.model_copy(
             update={
                 "workload": self.workload.record,
-                "runtimes": available(self.machine),
                 "deployed_widths": tables,
                 "seconds_spent": 0.0,
             }
@@ -75,13 +76,19 @@ class ProfileCache:
         return KeptProfile(seconds=kept.seconds, profile=profile)
 
     def keep(self, taken: KeptProfile) -> None:
-        """Store a profile for later runs."""
+        """Store a profile for later runs, but not in place of another that had more time."""
+        there = read_kept(self._path, KeptProfile)
+        is_it = there is not None and there.profile.reused_from == taken.profile.reused_from
+        if there is not None and there.seconds > taken.seconds and not is_it:
+            return
         when = taken.profile.reused_from or f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         profile = taken.profile.model_copy(update={"reused_from": when})
-        keep(self._path(), KeptProfile(seconds=taken.seconds, profile=profile), MOST_KEPT)
+        keep(self._path, KeptProfile(seconds=taken.seconds, profile=profile), MOST_KEPT)
 
+    @cached_property
     def _path(self) -> Path | None:
-        if self.folder is None:
+        described = architecture(self.workload.model) if self.folder is not None else None
+        if described is None:
             return None
         record, machine = self.workload.record, self.machine
         same = record.model_dump(
@@ -89,45 +96,49 @@ class ProfileCache:
         )
         calibration = record.split("calibration")
         parts = (
-            same, calibration.sha256, calibration.num_samples, architecture(self.workload.model),
+            same, calibration.sha256, calibration.num_samples, described,
             machine.processor, machine.architecture, machine.num_cores, machine.cpu_quota,
-            machine.features, sorted(machine.versions.items()),
-            self.deployment.model_dump(mode="json"), self.version,
+            machine.features, sorted(machine.versions.items()), _versions(),
+            [offer.model_dump(mode="json") for offer in available(machine)],
+            self.deployment.model_dump(mode="json"),
         )  # fmt: skip
         return file_of(self.folder, parts)
 
 
-def architecture(model: nn.Module) -> str:
-    """A hash of what is computed, beside the weights: modules, their plain attributes, and the
-    source of their classes where Python has it."""
-    sha = hashlib.sha256()
-    for line in _described(model):
-        sha.update(line.encode("utf-8", "surrogatepass") + b"\n")
+def _versions() -> list[tuple[str, str]]:
+    """Of packages that quantize, or that models come from."""
+    found: list[tuple[str, str]] = []
+    for name in BESIDE:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append((name, metadata.version(name)))
+    return found
+
+
+def architecture(model: nn.Module) -> str | None:
+    """A hash of what is computed, beside the weights: modules, their attributes as far as they are
+    numbers, texts or functions, and the source of their classes; None where Python has no source,
+    as of classes typed into a notebook."""
+    sha, seen, of_every_module = hashlib.sha256(), set[type](), vars(nn.Module())
+    try:
+        for name, module in model.named_modules(remove_duplicate=False):
+            own = {key: value for key, value in vars(module).items() if key not in of_every_module}
+            plain = {key: _plain(value) for key, value in own.items()}
+            sha.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}\n".encode())
+            for kind in type(module).__mro__:
+                if kind not in seen and kind.__module__.split(".")[0] not in ("torch", "builtins"):
+                    sha.update(inspect.getsource(kind).encode())
+                seen.add(kind)
+    except (OSError, TypeError, UnicodeError):
+        return None
     return sha.hexdigest()
 
 
-def _described(model: nn.Module) -> Iterator[str]:
-    seen: set[type] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = type(module)
-        plain = {key: value for key, value in vars(module).items() if _is_plain(value)}
-        plain.pop("training", None)
-        yield f"{name} {kind.__module__}.{kind.__qualname__} {sorted(plain.items())}"
-        if kind not in seen:
-            seen.add(kind)
-            yield _source(kind)
-
-
-def _is_plain(value: object) -> bool:
+def _plain(value: object) -> object:
+    """The value as far as it says the same in every process."""
     if isinstance(value, tuple | list):
-        return all(_is_plain(each) for each in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _source(kind: type) -> str:
-    if kind.__module__.split(".")[0] == "torch":
-        return ""  # its version is known
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return sorted((str(key), str(_plain(each))) for key, each in value.items())
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
