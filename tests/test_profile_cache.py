@@ -181,8 +181,9 @@ def test_a_model_is_another_when_what_its_class_inherits_is(
     def made(body: str, activation: str) -> str | None:
         name = f"base_{len(list(tmp_path.iterdir()))}"
         (tmp_path / f"{name}.py").write_text(
-            "import torch\nfrom torch import nn\nclass Base(nn.Module):\n    def forward(self, x):\n"
-            f"        return {body}\nclass Small(Base):\n    activation = None\n"
+            "import torch\nfrom torch import nn\n"
+            f"class Base(nn.Module):\n    def forward(self, x):\n        return {body}\n"
+            "class Small(Base):\n    activation = None\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         model = importlib.import_module(name).Small()
