@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -174,6 +175,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    os.environ["PROFILING_AGENT_CACHE"] = "off"  # nothing from earlier runs
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("workloads", nargs="*", help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--minutes", type=float, default=5.0, help="of setting up, and of a drop")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from profiling_agent.planning.decide import (
     within_budget,
 )
 from profiling_agent.planning.history import relative_latency
-from profiling_agent.records.common import Interval, NotMeasured
+from profiling_agent.records.common import Budget, Interval, NotMeasured
 from profiling_agent.records.evaluation import Accuracy, BuiltArtefact, Evaluation
 from profiling_agent.records.store import RunStore, read_array, write_array
 from profiling_agent.records.trial import Candidate, RunSettings, Trial, Verdict
@@ -54,21 +54,23 @@ def final_protocol(time_budget_s: float, call_s: float) -> Protocol:
 
 
 def final_seconds(
+    trials: Sequence[Trial],
+    budget: Budget,
     num_calls: int,
     original_call_s: float,
-    artefact_call_s: float,
-    time_budget_s: float,
-    num_artefacts: int = 3,
+    num_artefacts: int,
     beside_s: float = 0.0,
 ) -> float:
     """What the final stage is expected to take: the leaders beside each other (``beside_s``),
     accuracy on the test split (``num_calls`` batches) of the original and of so many artefacts (a
-    control and two candidates), and a race and a quarter."""
+    control and two candidates), by the speed of the best control, and a race and a quarter."""
+    control = best_control(trials, budget)
+    artefact_call_s = original_call_s * ((relative_latency(control) if control else None) or 0.6)
     racers = min(3, 1 + num_artefacts)
-    protocol = final_protocol(time_budget_s, original_call_s)
+    protocol = final_protocol(budget.time_s, original_call_s)
     race_s = protocol.seconds(original_call_s, racers) + OPENING_S
     accuracy_s = num_calls * (original_call_s + num_artefacts * artefact_call_s)
-    return min(0.6 * time_budget_s, accuracy_s + 1.25 * race_s + beside_s)
+    return min(0.6 * budget.time_s, accuracy_s + 1.25 * race_s + beside_s)
 
 
 def answers_of_original(
@@ -161,12 +163,10 @@ class Finish:
 
     def _has_time_before_the_test(self, seconds: float) -> bool:
         """For something that takes so long, so that what follows fits into the time budget."""
-        control = best_control(self.state.trials, self.budget)
-        relative = (relative_latency(control) if control else None) or 1.0
         num_test = self.workload.record.split("test").num_samples
         num_calls = -(-num_test // self.deployment.batch_size)
         rest = final_seconds(
-            num_calls, self.call_s, relative * self.call_s, self.budget.time_s, 1 + MAX_CANDIDATES
+            self.state.trials, self.budget, num_calls, self.call_s, 1 + MAX_CANDIDATES
         )
         return self.store.journal.clock() + seconds + rest < self.budget.time_s
 

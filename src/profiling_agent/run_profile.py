@@ -13,7 +13,7 @@ from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.watch import DOUBTED, DOUBTED_ORIGINAL
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
 from profiling_agent.planning.fits import check_fits
-from profiling_agent.planning.history import Pair, controls, pair_of
+from profiling_agent.planning.history import controls, measured_pair, pair_of
 from profiling_agent.profiling.deployed import profile_artefact, profile_pairs
 from profiling_agent.profiling.profile_cache import KeptProfile, ProfileCache
 from profiling_agent.profiling.user_cache import user_folder
@@ -103,15 +103,12 @@ def undisturbed(
 ) -> tuple[DeployedProfile, ...]:
     """Those of artefacts that took about as long as in their races."""
     raced = {pair: median_ms(trial) for pair, trial in controls(bench.state.trials).items()}
+    usual = [raced.get(measured_pair(deployed)) for deployed in operators]
     return tuple(
         deployed
-        for deployed in operators
-        if (usual := raced.get(_pair(deployed))) is None or deployed.total_ms <= DOUBTED * usual
+        for deployed, ms in zip(operators, usual, strict=True)
+        if ms is None or deployed.total_ms <= DOUBTED * ms
     )
-
-
-def _pair(deployed: DeployedProfile) -> Pair:
-    return Pair(runtime=deployed.runtime, scheme=deployed.scheme)
 
 
 def _taken(bench: Workbench) -> KeptProfile | None:
@@ -145,7 +142,10 @@ def _seconds(bench: Workbench) -> float:
 def _operators(bench: Workbench, known: Sequence[DeployedProfile]) -> tuple[DeployedProfile, ...]:
     """Operator times of the int8 controls and their float counterparts, the fastest first, and
     those that are known."""
-    clock, by_pair = bench.store.journal.clock, {_pair(deployed): deployed for deployed in known}
+    clock, by_pair = (
+        bench.store.journal.clock,
+        {measured_pair(deployed): deployed for deployed in known},
+    )
     ends = clock() + min(DEPLOYED_SHARE * bench.budget.time_s, bench.left - bench.reserve())
 
     def profile(trial: Trial) -> DeployedProfile | None:
@@ -165,7 +165,7 @@ def _operators(bench: Workbench, known: Sequence[DeployedProfile]) -> tuple[Depl
 
     pairs = controls_to_profile(bench.state.trials)
     timed = profile_pairs(pairs, profile, has_time=lambda: clock() <= ends)
-    by_pair |= {_pair(deployed): deployed for deployed in timed}
+    by_pair |= {measured_pair(deployed): deployed for deployed in timed}
     return tuple(by_pair.values())
 
 

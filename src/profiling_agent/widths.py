@@ -19,7 +19,7 @@ from profiling_agent.evaluation.measure import TRIAL, Protocol
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.evaluation.watch import Slowed
 from profiling_agent.machine.clock import now
-from profiling_agent.planning.history import Pair, pair_of
+from profiling_agent.planning.history import Pair, measured_pair, pair_of
 from profiling_agent.profiling.group_costs import levels
 from profiling_agent.profiling.width_cache import WidthCache
 from profiling_agent.records.common import NotMeasured
@@ -110,7 +110,7 @@ def _fullest(tables: Sequence[DeployedWidths]) -> list[DeployedWidths]:
     """Of the tables of one runtime, scheme and shape the last, but for one with more points."""
     best: dict[tuple[Pair, str], DeployedWidths] = {}
     for table in tables:
-        key = (_pair_of_table(table), table.shape_class)
+        key = (measured_pair(table), table.shape_class)
         if key not in best or len(table.points) >= len(best[key].points):
             best[key] = table
     return list(best.values())
@@ -127,17 +127,13 @@ def _known(
     known = {
         table.shape_class: table
         for table in profile.deployed_widths
-        if _pair_of_table(table) == pair and not table.is_provisional
+        if measured_pair(table) == pair and not table.is_provisional
     }
     if cache is not None:
         others = [shape for shape in shapes if shape not in known]
         found = {s: cache.find(pair.runtime, pair.scheme, s, whole_ms) for s in others}
         known |= {shape: table for shape, table in found.items() if table is not None}
     return known
-
-
-def _pair_of_table(table: DeployedWidths) -> Pair:
-    return Pair(runtime=table.runtime, scheme=table.scheme)
 
 
 def _steps(profile: Profile) -> Iterator[tuple[str, float, list[GroupCost]]]:

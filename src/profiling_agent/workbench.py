@@ -27,7 +27,6 @@ from profiling_agent.finish import final_seconds, forward_of_original
 from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
-from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.history import (
     is_clearly_over,
     pareto,
@@ -327,15 +326,11 @@ class Workbench:
     def reserve(self, num_artefacts: int = 3) -> float:
         """Seconds kept for the final stage of so many artefacts: a control and two candidates."""
         num_test = self.workload.record.split("test").num_samples
-        control = best_control(self.state.trials, self.budget)
-        relative = (relative_latency(control) if control else None) or 0.6
-        call_s = self.call_s()
-        num_calls = -(-num_test // self.deployment.batch_size)
         return final_seconds(
-            num_calls,
-            call_s,
-            relative * call_s,
-            self.budget.time_s,
+            self.state.trials,
+            self.budget,
+            -(-num_test // self.deployment.batch_size),
+            self.call_s(),
             num_artefacts,
             self.beside.most_seconds if num_artefacts > 1 else 0.0,
         )

@@ -6,9 +6,11 @@ Never imports torch, so that planning, reports and ``--help`` may ask. Files are
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -97,12 +99,15 @@ def core_ids(
 
 def read_versions() -> dict[str, str]:
     """Versions of python and of the packages that are installed and matter for a measurement."""
-    versions = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
+    return {"python": platform.python_version()} | installed_versions(DISTRIBUTIONS)
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Of these packages, those that are installed."""
+    versions: dict[str, str] = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

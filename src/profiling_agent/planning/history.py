@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from profiling_agent.planning.drops import Slope, expected_drop, fitted_slope
 from profiling_agent.records.common import Budget
 from profiling_agent.records.evaluation import Evaluation
+from profiling_agent.records.profile import DeployedProfile, DeployedWidths
 from profiling_agent.records.trial import Trial
 
 
@@ -120,3 +121,8 @@ def controls(trials: Sequence[Trial]) -> dict[Pair, Trial]:
 
 def pair_of(trial: Trial) -> Pair:
     return Pair(runtime=trial.plan.runtime, scheme=trial.plan.quantization.scheme)
+
+
+def measured_pair(measured: DeployedProfile | DeployedWidths) -> Pair:
+    """In which the operators or widths were timed."""
+    return Pair(runtime=measured.runtime, scheme=measured.scheme)

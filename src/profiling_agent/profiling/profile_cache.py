@@ -9,19 +9,18 @@ planner or data to search and test on. One JSON file for each, in the user's cac
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 
 from torch import nn
 
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.deployment.runtimes import available
+from profiling_agent.machine.processor import installed_versions
 from profiling_agent.profiling.user_cache import file_of, keep, read_kept
 from profiling_agent.records.base import Record
 from profiling_agent.records.common import Deployment, Machine
@@ -30,7 +29,7 @@ from profiling_agent.records.profile import Profile
 MOST_KEPT = 64
 """Profiles in the folder; the oldest go."""
 BESIDE = ("nncf", "onnx", "onnxscript", "timm", "torchvision", "transformers")
-"""Packages whose versions count too."""
+"""Packages that quantize, or that models come from: their versions count too."""
 ENOUGH = 0.9
 """Of the seconds that a profile may take now, that another had; with more of them a profile looks
 at more samples, groups and layers."""
@@ -98,20 +97,11 @@ class ProfileCache:
         parts = (
             same, calibration.sha256, calibration.num_samples, described,
             machine.processor, machine.architecture, machine.num_cores, machine.cpu_quota,
-            machine.features, sorted(machine.versions.items()), _versions(),
+            machine.features, sorted((machine.versions | installed_versions(BESIDE)).items()),
             [offer.model_dump(mode="json") for offer in available(machine)],
             self.deployment.model_dump(mode="json"),
         )  # fmt: skip
         return file_of(self.folder, parts)
-
-
-def _versions() -> list[tuple[str, str]]:
-    """Of packages that quantize, or that models come from."""
-    found: list[tuple[str, str]] = []
-    for name in BESIDE:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append((name, metadata.version(name)))
-    return found
 
 
 def architecture(model: nn.Module) -> str | None:
