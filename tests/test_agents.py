@@ -25,6 +25,7 @@ from profiling_agent.planning.advised import (
     NO_WORSE,
     NOT_ASKED,
     PAPER,
+    SECOND_CHANCE,
     TOGETHER,
     AdvisedName,
     AdvisedPlanner,
@@ -964,8 +965,9 @@ def test_rounds_are_consultations_whatever_comes_of_them() -> None:
     for _ in range(2):
         assert proposed(planner).author == "solver"
     assert planner.propose(profile_of(), controls_of(), BUDGET, 0) is None
-    assert len(provider.asked) == 2 * MAX_ANSWERS
-    assert actions(planner.take_guards()) == (["rejected"] * MAX_ANSWERS + ["fallback"]) * 2
+    assert len(provider.asked) == MAX_ANSWERS + SECOND_CHANCE
+    refused = [["rejected"] * MAX_ANSWERS, ["rejected"] * SECOND_CHANCE]
+    assert actions(planner.take_guards()) == [*refused[0], "fallback", *refused[1], "fallback"]
     provider = Scripted([lost()])
     planner = asked_by("llm", provider, rounds=1)
     assert proposed(planner).author == "solver"

@@ -41,9 +41,9 @@ from profiling_agent.planning.estimate import (
     saving_scale,
     worth_trying,
 )
-from profiling_agent.planning.history import Pair, pareto
+from profiling_agent.planning.history import Pair, pair_of, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
-from profiling_agent.planning.solver import Solver, solve
+from profiling_agent.planning.solver import TIED, Solver, solve
 from profiling_agent.records.common import Budget, Interval, NotMeasured
 from profiling_agent.records.evaluation import Speedup
 from profiling_agent.records.patterns import assign, exactly, matches, units_kept
@@ -591,6 +591,45 @@ def test_measured_savings_correct_the_prediction() -> None:
     assert before is not None and after is not None and before.plan.pruning == after.plan.pruning
     saved = predict_saved_share(profile, after.plan)
     assert after.relative_latency == pytest.approx(0.8 - 0.8 * 0.5 * saved)
+
+
+STATIC = Pair(runtime="openvino", scheme="int8-static")
+STATIC_BF16 = Pair(runtime="openvino", scheme="int8-static-bf16")
+
+
+def test_a_scheme_that_quantizes_alike_is_heard_as_one_trial() -> None:
+    profile = profile_of()
+    history = [control("c1", STATIC, 0.5, 0.0), control("c2", STATIC_BF16, 0.5, 0.0)]
+    history.append(control("c3", Pair(runtime="openvino", scheme="fp32"), 0.8, 0.0))
+    share = predict_saved_share(profile, pruned_plan(0.75, pair=STATIC))
+
+    def ran(number: int, pair: Pair, scale: float) -> Trial:
+        return tried(number, pruned_plan(0.75, pair=pair), 0.5 * (1 - scale * share), 0.1)
+
+    history += [ran(1, STATIC, 0.4), ran(2, STATIC, 0.8)]
+    assert saving_scale(profile, history, STATIC) == pytest.approx(0.6)
+    assert saving_scale(profile, history, STATIC_BF16) == pytest.approx(0.6)
+    assert saving_scale(profile, history, pair_of(history[2])) == 1.0
+    own = [*history, ran(3, STATIC_BF16, 1.0), ran(4, STATIC_BF16, 1.2)]
+    assert saving_scale(profile, own, STATIC_BF16) == pytest.approx((1.0 + 1.2 + 0.6) / 3)
+
+
+def test_of_plans_as_fast_by_estimate_the_one_in_the_faster_scheme_is_tried() -> None:
+    """Whichever is ahead by a hair: one trial's noise is enough for that."""
+    profile = profile_of()
+    for first, other in ((STATIC, STATIC_BF16), (STATIC_BF16, STATIC)):
+        history = [control("c1", first, 0.5, 0.0), control("c2", other, 0.504, 0.0)]
+        for number, (pair, base, scale) in enumerate(
+            [(first, 0.5, 0.93), (first, 0.5, 0.93), (other, 0.504, 1.0), (other, 0.504, 1.0)]
+        ):
+            cut = pruned_plan(0.25, pair=pair)
+            time = base * (1 - scale * predict_saved_share(profile, cut))
+            history.append(tried(number, cut, time, 0.05))
+        found = [solve(pair, profile, history, BUDGET, 0, 0.03) for pair in (first, other)]
+        times = [each.relative_latency or 0.0 for each in found if each]
+        assert 1.0 < times[0] / times[1] < TIED
+        plan = find_planner("solver").propose(profile, history, BUDGET, 0)
+        assert plan is not None and pair_of(make_trial("t9", plan=plan.plan)) == first
 
 
 def table_of(pair: Pair, shape_class: str, *points: tuple[int, float]) -> DeployedWidths:

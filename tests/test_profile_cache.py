@@ -15,7 +15,12 @@ from torch import nn
 
 from profiling_agent import run_profile
 from profiling_agent.profiling import profile_cache
-from profiling_agent.profiling.profile_cache import KeptProfile, ProfileCache, architecture
+from profiling_agent.profiling.profile_cache import (
+    ControlLatency,
+    KeptProfile,
+    ProfileCache,
+    architecture,
+)
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import Speedup
 from profiling_agent.records.profile import DeployedProfile, DeployedWidths, Profile, SharePoint
@@ -222,6 +227,7 @@ def run_in(folder: Path, *, time_s: float = 300.0, left: float = 200.0) -> Any:
     store = RunStore(folder)
     store.create()
     profile = make_profile()
+    anchors: list[Any] = []
     return SimpleNamespace(
         store=store,
         state=RunState(),
@@ -236,17 +242,24 @@ def run_in(folder: Path, *, time_s: float = 300.0, left: float = 200.0) -> Any:
         call_s=lambda: 4e-3,
         progress=Recorder(),
         memory_limit=None,
+        anchor=lambda known, since: anchors.append((known, since)),
+        anchors=anchors,
     )
 
 
 def test_a_second_run_takes_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROFILING_AGENT_CACHE", str(tmp_path / "cache"))
     busy, first, second = (run_in(tmp_path / name) for name in ("busy", "first", "second"))
+    for run, relative in ((first, 0.3), (second, 0.31)):
+        evaluation = make_evaluation("c1", relative=relative)
+        run.state.trials = [make_control("c1", "openvino", "fp32", evaluation=evaluation)]
     busy.call_s = lambda: 1e-3  # and the profile says 4 ms
     taken = [take_profile(each) for each in (busy, first, second)]
     assert [each.runner.builder.taken for each in (busy, first, second)] == [[60.0], [60.0], []]
     assert taken[0] == taken[1] and taken[2] is not None
     assert taken[2].reused_from is not None and taken[2].reused_from in second.progress.said[0]
+    known = (ControlLatency(runtime="openvino", scheme="fp32", relative=0.3),)
+    assert second.anchors == [(known, taken[2].reused_from)] and first.anchors == []
     assert Profile.read(second.store.profile) == taken[2]
     assert second.state.profile_path == second.store.profile.name
     longer = run_in(tmp_path / "longer", time_s=600.0)

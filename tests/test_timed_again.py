@@ -15,6 +15,7 @@ import pytest
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
+from profiling_agent.anchors import anchored, latencies_of, with_latency
 from profiling_agent.beside import Beside, contradict, pooled
 from profiling_agent.building import LocalBuilder
 from profiling_agent.errors import TrialError
@@ -25,6 +26,7 @@ from profiling_agent.finish import Finish
 from profiling_agent.machine.torch_state import threads
 from profiling_agent.planning.decide import best_control
 from profiling_agent.planning.history import relative_latency
+from profiling_agent.profiling.profile_cache import ControlLatency
 from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.evaluation import BuiltArtefact, Evaluation, Speedup
 from profiling_agent.records.plan import Plan
@@ -362,6 +364,51 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
     assert bench.plans_beside() == "t3" and set(plans.raced) == {"c1", "t1", "t2", "t3"}
 
 
+def latency(pair: tuple[str, str], relative: float) -> ControlLatency:
+    return ControlLatency(runtime=pair[0], scheme=pair[1], relative=relative)
+
+
+def relatives(*values: float, reason: str = "") -> list[Trial]:
+    """Controls with these latencies over the original's."""
+    schemes = ("int8-static", "int8-static-bf16", "fp32", "bf16")
+    return [
+        make_control(
+            f"c{number}",
+            "openvino",
+            scheme,
+            reason=reason,
+            evaluation=make_evaluation(f"c{number}", relative=relative),
+        )
+        for number, (scheme, relative) in enumerate(zip(schemes, values, strict=False), start=1)
+    ]
+
+
+def test_controls_start_from_what_an_earlier_run_timed_in_quiet() -> None:
+    known = latencies_of(relatives(0.21, 0.205, 0.29))
+    assert [each.relative for each in known] == [0.21, 0.205, 0.29]
+    assert latencies_of(relatives(0.21, 0.205, reason="the machine was busy")) == ()
+    now = relatives(0.19 * 1.05, 0.195 * 1.05, 0.27 * 1.05, 0.5 * 1.05)  # in another order
+    again = anchored(now, known, "2026-11-27 12:00 UTC")
+    took = [trial.evaluation for trial in again]
+    assert [each.relative for each in took if each][:3] == [0.21, 0.205, 0.29]
+    assert [each.relative_since for each in took if each] == ["2026-11-27 12:00 UTC"] * 3 + [None]
+    scaled = took[3]  # was not known then: on the same scale as the others
+    assert scaled is not None and scaled.relative == pytest.approx(0.5 * 0.29 / 0.27)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        pytest.param((0.21, 0.205, 0.5), id="one has another place"),
+        pytest.param((0.3, 0.3, 0.42), id="the original is another"),
+        pytest.param((), id="nothing was measured"),
+    ],
+)
+def test_controls_that_are_others_now_keep_their_own_times(now: tuple[float, ...]) -> None:
+    known = latencies_of(relatives(0.21, 0.205, 0.29))
+    assert anchored(relatives(*now), known, "2026-11-27 12:00 UTC") == []
+
+
 class Busy:
     """A runner whose last race was slowed or not, and whose next is quiet."""
 
@@ -370,7 +417,7 @@ class Busy:
 
     def time_again(self, trial: Trial, folder: Any, protocol: Any, deadline: Any) -> Trial:
         self.asked.append(trial.trial_id)
-        return trial
+        return with_latency(trial, 0.123, None) if trial.is_control else trial
 
 
 def test_trials_are_timed_again_when_the_machine_is_quiet_and_at_last(tmp_path: Path) -> None:
@@ -392,3 +439,28 @@ def test_trials_are_timed_again_when_the_machine_is_quiet_and_at_last(tmp_path: 
     for _ in range(3):
         bench.time_again()
     assert runner.asked == ["t1"] * MOST_AGAIN
+
+
+def test_a_control_timed_again_keeps_the_latency_that_plans_start_from(tmp_path: Path) -> None:
+    """That of an earlier run; trials are measured by way of it."""
+    bench = Workbench.__new__(Workbench)
+    bench.store, bench.runner = RunStore(tmp_path), Busy()  # type: ignore[assignment]
+    bench.runner.anchor = lambda trials: None  # type: ignore[method-assign]
+    bench.runner.is_busy = False  # type: ignore[misc]
+    bench.state, bench.progress = RunState(), SilentProgress()
+    bench.state.baseline = make_evaluation()
+    bench.settings = None  # type: ignore[assignment]
+    bench.time_s, bench._times_again = 1e9, Counter()  # pyright: ignore[reportPrivateUsage]
+    bench.reserve = lambda num_artefacts=3: 0.0  # type: ignore[method-assign]
+    (slow,) = relatives(0.2)
+    assert slow.evaluation is not None
+    busy = slow.evaluation.model_copy(update={"reference": "c1", "reference_ms": 0.65})
+    bench.state.keep(slow.model_copy(update={"evaluation": busy}))
+    bench.state.keep(beside("t2", 0.43))
+    bench.anchor([latency(("openvino", "int8-static"), 0.21)], "2026-11-27 12:00 UTC")
+    bench.time_again()
+    evaluation = bench.state.trials[0].evaluation
+    assert bench.runner.asked == ["c1"]  # type: ignore[attr-defined]
+    assert evaluation is not None and evaluation.relative == 0.21
+    assert evaluation.relative_since == "2026-11-27 12:00 UTC"
+    assert read_state(bench.store).trials == bench.state.trials[:1]

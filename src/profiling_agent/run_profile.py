@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from profiling_agent.anchors import latencies_of
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.watch import DOUBTED, DOUBTED_ORIGINAL
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
@@ -65,6 +66,7 @@ def take_profile(bench: Workbench) -> Profile | None:
         taken = found
         when = found.profile.reused_from
         bench.progress.message(f"the profile is an earlier run's, taken on this machine {when}")
+        bench.anchor(found.controls, when or "")
     else:
         taken = _taken(bench)
     if taken is None:
@@ -87,7 +89,11 @@ def _for_later(bench: Workbench, taken: KeptProfile, profile: Profile) -> KeptPr
     that there was no time for: later runs try them again."""
     operators = undisturbed(bench, profile.deployed)
     update = {"deployed": operators, "not_measured": taken.profile.not_measured}
-    return KeptProfile(seconds=taken.seconds, profile=profile.model_copy(update=update))
+    return KeptProfile(
+        seconds=taken.seconds,
+        profile=profile.model_copy(update=update),
+        controls=taken.controls or latencies_of(bench.state.trials),
+    )
 
 
 def is_quiet(bench: Workbench, profile: Profile) -> bool:

@@ -174,6 +174,15 @@ class TrialRunner:
                 self.reference = Reference(control.trial_id, relative, opens)
                 break
 
+    def anchor(self, trials: Sequence[Trial]) -> None:
+        """Take the latency over the original's of the control that plans are raced beside from
+        these."""
+        reference = self.reference
+        for trial in trials:
+            relative = relative_latency(trial)
+            if reference is not None and trial.trial_id == reference.name and relative is not None:
+                reference.relative = relative
+
     @property
     def is_busy(self) -> bool:
         """Whether the last race was slowed by something else."""
@@ -354,7 +363,9 @@ def _measured(
 ) -> dict[str, Any]:
     """The fields of an evaluation that a race tells."""
     timing = times.timing(name)
-    fields: dict[str, Any] = dict.fromkeys(("reference", "reference_ms", "relative"))
+    fields: dict[str, Any] = dict.fromkeys(
+        ("reference", "reference_ms", "relative", "relative_since")
+    )
     if reference is not None and reference.name in times.blocks:
         over = times.speedup(name, reference.name).estimate if name != reference.name else 1.0
         fields["reference"] = reference.name

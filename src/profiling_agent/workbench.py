@@ -7,6 +7,7 @@ the next begins, and what the journal holds already is not measured again.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from profiling_agent.acquisition.workload import Workload
+from profiling_agent.anchors import anchored, with_latency
 from profiling_agent.beside import Beside
 from profiling_agent.building import Builder, LocalBuilder, WorkerBuilder
 from profiling_agent.deployment.artefact import baseline_size
@@ -33,6 +35,7 @@ from profiling_agent.planning.history import (
     relative_latency,
     search_drop,
 )
+from profiling_agent.profiling.profile_cache import ControlLatency
 from profiling_agent.records.common import NotMeasured
 from profiling_agent.records.evaluation import Evaluation
 from profiling_agent.records.plan import Plan
@@ -47,9 +50,15 @@ CONTROLS_SHARE, MIN_CONTROLS = 0.5, 2
 SEARCH_SHARE, MIN_SEARCH, TYPICAL_GAIN = 0.012, 1000, 2.5
 """A trial's accuracy takes about this share of the time budget, if it runs so many times faster
 than the original: the first so many search samples are looked at, but never fewer than 1,000."""
+STEP = 2**0.5
+"""From one number of samples to the next: runs of the same budget are to look at the same ones,
+though the first look at the original's latency varies."""
 MAX_OUTPUT_BYTES = 2**26
 """Of the original's outputs on the search samples: trials are compared with them if they are few
 enough to be held beside a trial's own."""
+LOOKS, LOOK_S = 3, 0.1
+"""At the latency of the original, and seconds of each: in one the machine may have been busy, or
+the model's first forwards slow. One is enough for a model that takes longer than that."""
 MOST_AGAIN = 2
 """Times that a trial is raced once more because the machine was busy."""
 
@@ -188,15 +197,20 @@ class Workbench:
         with forward_of_original("calibration"):
             predictor.prepare(self.store.data / "calibration")
             predictor.time_block(0.0, 1, 1)
-            return median(predictor.time_block(0.1, 2, 1)) / 1e3
+            looks = [median(predictor.time_block(LOOK_S, 2, 1))]
+            while len(looks) < LOOKS and looks[0] < 1e3 * LOOK_S:
+                looks.append(median(predictor.time_block(LOOK_S, 2, 1)))
+            return min(looks) / 1e3
 
     def _search_samples(self, call_s: float) -> int:
         """How many samples of the search split the time allows to look at in every trial."""
         there = self.workload.record.split("search").num_samples
         size = self.deployment.batch_size
-        num_calls = SEARCH_SHARE * self.budget.time_s * TYPICAL_GAIN / call_s
-        num_samples = max(MIN_SEARCH, int(num_calls) * size)
-        num_samples = -(-num_samples // size) * size
+        affordable = SEARCH_SHARE * self.budget.time_s * TYPICAL_GAIN / call_s * size
+        if STEP * affordable >= there:
+            return there
+        steps = round(math.log(max(1.0, affordable / MIN_SEARCH), STEP))
+        num_samples = -(-int(MIN_SEARCH * STEP**steps) // size) * size
         if num_samples >= there:
             return there
         self.warn(
@@ -280,6 +294,13 @@ class Workbench:
         if again:
             state.controls_timed = True
             self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
+
+    def anchor(self, known: Sequence[ControlLatency], since: str) -> None:
+        """Start from the latencies of the controls that an earlier run measured."""
+        again = anchored(self.state.trials, known, since)
+        for trial in again:
+            self._keep(trial)
+        self.runner.anchor(again)
 
     def plans_beside(self) -> str | None:
         """The id of the fastest plan in a race of the fastest, as before candidates are named, once
@@ -381,6 +402,9 @@ class Workbench:
                     TRIAL.suited_to(self.call_s()),
                     now() + max(0.0, self.left - self.reserve()),
                 )
+            known = trial.evaluation
+            if known is not None and known.relative_since is not None:
+                again = with_latency(again, known.relative, known.relative_since)
             self._keep(again)
 
     def _drop_dominated(self) -> None:

@@ -49,6 +49,8 @@ NOT_ASKED = "the solver's plan instead, since there is nothing to choose from"
 ALTERED = "the solver's plan instead, since the guards left none of the model's"
 NO_WORSE = "the solver's own plan is no worse by estimate"
 """Why a plan is the solver's; a continued run counts its questions by these."""
+SECOND_CHANCE = 2
+"""Answers to a question after one in vain."""
 MAX_CHANGED = 600
 """Characters of what is told to the model of its guards."""
 PATIENCE = 2
@@ -196,7 +198,8 @@ class AdvisedPlanner:
     def _max_answers(self, history: Sequence[Trial], budget: Budget) -> int:
         """To one question; for a bare planner what is left of its trials."""
         if not self._is_bare:
-            return 1 if self.name == "paper" else MAX_ANSWERS
+            most = SECOND_CHANCE if self._num_in_vain else MAX_ANSWERS
+            return 1 if self.name == "paper" else most
         ours = sum(not trial.is_control for trial in history)
         return max(1, budget.max_trials - ours - self._num_rejected)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 from profiling_agent.planning.drops import fitted_slope
 from profiling_agent.planning.history import (
@@ -331,23 +332,50 @@ def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
     """Measured over predicted saving of this pair's pruned trials, between 0.2 and 1.5.
 
     This is how the trials correct the latency estimate. What layers kept float cost is not held
-    against the pruning. Without a trial it is 1, but ``UNTIMED`` where other pairs' widths were
-    timed and this one's were not: eager mode gains more by pruning than a runtime does, and what is
-    known too well by guess would be tried before what is known.
+    against the pruning. Trials of the runtime's schemes that quantize alike count together as one
+    more. Without a trial it is 1, but ``UNTIMED`` where other pairs' widths were timed and this
+    one's were not: eager mode gains more by pruning than a runtime does, and what is known too well
+    by guess would be tried before what is known.
     """
-    control = controls(history).get(pair)
-    base = relative_latency(control) if control else None
-    if base is None:
+    known = controls(history)
+    if pair not in known or relative_latency(known[pair]) is None:
         return 1.0
-    gains = layer_gains(profile, history, pair)
-    predicted = measured = 0.0
-    for trial in history:
-        time = relative_latency(trial)
-        if trial.plan.pruning and pair_of(trial) == pair and time is not None:
-            share = predict_saved_share(profile, trial.plan)
-            predicted += share * share
-            measured += share * (1.0 + (float_cost(trial.plan, gains) - time) / base)
+    savings = _savings(profile, history, pair)
+    alike = [
+        saving
+        for other in known
+        if other != pair and other.runtime == pair.runtime and _kind(other) == _kind(pair)
+        for saving in _savings(profile, history, other)
+    ]
+    if alike:
+        savings.append((fmean(each[0] for each in alike), fmean(each[1] for each in alike)))
+    predicted = sum(each[0] for each in savings)
+    measured = sum(each[1] for each in savings)
     if predicted == 0.0:
         timed = {(table.runtime, table.scheme) for table in profile.deployed_widths}
         return UNTIMED if timed and (pair.runtime, pair.scheme) not in timed else 1.0
     return min(1.5, max(0.2, measured / predicted))
+
+
+def _kind(pair: Pair) -> str:
+    """How a scheme quantizes, whatever its float layers compute in."""
+    return pair.scheme.removesuffix("-bf16")
+
+
+def _savings(profile: Profile, history: Sequence[Trial], pair: Pair) -> list[tuple[float, float]]:
+    """Of each pruned trial of the pair: the predicted share of its control's time, squared, and
+    that times the measured one. The sum of the second over that of the first is the scale that fits
+    them best."""
+    control = controls(history).get(pair)
+    base = relative_latency(control) if control else None
+    if base is None:
+        return []
+    gains = layer_gains(profile, history, pair)
+    savings: list[tuple[float, float]] = []
+    for trial in history:
+        time = relative_latency(trial)
+        if trial.plan.pruning and pair_of(trial) == pair and time is not None:
+            share = predict_saved_share(profile, trial.plan)
+            saved = 1.0 + (float_cost(trial.plan, gains) - time) / base
+            savings.append((share * share, share * saved))
+    return savings

@@ -50,6 +50,9 @@ MAX_STEPS = 12
 NEAR, OTHER = 0.1, 0.2
 """A tried plan is near an allowance if its divergence is so close, and the next is another plan if
 it differs in this share of the groups."""
+TIED = 1.01
+"""Predicted times so near each other are equal: then the scheme goes first whose control is faster.
+Which of two is a hair ahead is noise, and would send runs that know the same different ways."""
 MAX_FAILED = 2
 """Plans in a row that could not be carried out, after which a runtime and scheme is given up."""
 
@@ -64,7 +67,7 @@ class Solver:
     ) -> Proposal | None:
         """The most promising untried plan over all runtimes and schemes, or ``None``."""
         tried = {trial.plan.plan_id for trial in history}
-        best: tuple[float, Proposal] | None = None
+        found: list[tuple[float, float, Proposal]] = []
         for pair in worth_trying(profile, history, budget):
             if _always_fails(pair, history):
                 continue
@@ -72,9 +75,12 @@ class Solver:
             if proposal is None:
                 continue
             value = promise(proposal, pair, profile, history, budget)
-            if best is None or value < best[0]:
-                best = (value, proposal)
-        return best[1] if best else None
+            found.append((value, base_latency(profile, history, pair), proposal))
+        if not found:
+            return None
+        told = TIED if budget.objective in ("latency", "throughput") else 1.0
+        least = told * min(value for value, _, _ in found)
+        return min((each for each in found if each[0] <= least), key=lambda each: each[1])[2]
 
 
 def _always_fails(pair: Pair, history: Sequence[Trial]) -> bool:

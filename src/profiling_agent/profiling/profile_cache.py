@@ -35,11 +35,21 @@ ENOUGH = 0.9
 at more samples, groups and layers."""
 
 
+class ControlLatency(Record):
+    """What a control took over the original in eager mode."""
+
+    runtime: str
+    scheme: str
+    relative: float
+
+
 class KeptProfile(Record):
-    """A profile as it is stored, and the seconds it was given."""
+    """A profile as it is stored, the seconds it was given, and the controls that were timed beside
+    each other before it."""
 
     seconds: float
     profile: Profile
+    controls: tuple[ControlLatency, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +82,7 @@ class ProfileCache:
                 "seconds_spent": 0.0,
             }
         )
-        return KeptProfile(seconds=kept.seconds, profile=profile)
+        return kept.model_copy(update={"profile": profile})
 
     def keep(self, taken: KeptProfile) -> None:
         """Store a profile for later runs, but not in place of another that had more time."""
@@ -82,7 +92,7 @@ class ProfileCache:
             return
         when = taken.profile.reused_from or f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         profile = taken.profile.model_copy(update={"reused_from": when})
-        keep(self._path, KeptProfile(seconds=taken.seconds, profile=profile), MOST_KEPT)
+        keep(self._path, taken.model_copy(update={"profile": profile}), MOST_KEPT)
 
     @cached_property
     def _path(self) -> Path | None:

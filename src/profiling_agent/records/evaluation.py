@@ -66,6 +66,10 @@ class Evaluation(Record):
         description="latency over the baseline's by way of the reference: over that in this race, "
         "times what that was seen to take; artefacts differ less from race to race than eager mode",
     )
+    relative_since: str | None = Field(
+        default=None,
+        description="of a control: when the earlier run was that timed what is in relative",
+    )
     throughput_per_s: float | None = Field(description="samples a second at that batch size")
     size_bytes: int | None = Field(description="bytes of the model files")
     weight_bytes: int | None
