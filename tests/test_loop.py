@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from profiling_agent.errors import TrialError
 from profiling_agent.finish import final_protocol
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.planning.planner import find_planner
+from profiling_agent.records.common import Budget, Deployment
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.store import RunStore
 from profiling_agent.records.trial import EXIT_CODES, RunRecord, Trial
 from profiling_agent.run_state import is_finished, read_state
+from profiling_agent.workbench import Workbench
 from small_workload import make_data, train, write_project
 
 MAX_DROP, SECONDS = 2.0, 120
@@ -297,6 +300,42 @@ def test_where_time_is_short_every_trial_looks_at_the_same_first_search_samples(
     on_search = [evaluation.on("search") for evaluation in measured]
     assert {accuracy.num_samples for accuracy in on_search if accuracy} == {284}
     assert result.verdict.drop is not None and result.verdict.drop.num_samples > 284
+
+
+@pytest.mark.parametrize(
+    ("call_ms", "batch_size", "there", "looked_at"),
+    [
+        (2.3, 1, 4000, 4000),
+        (4.5, 1, 4000, 4000),  # 3,200 would fit the time: nearly all are all
+        (4.5, 1, 9000, 2828),
+        (4.3, 1, 9000, 2828),  # the first look at the latency varies
+        (4.5, 64, 900_000, 181_056),  # whole batches
+        (900.0, 1, 9000, 1000),
+    ],
+)
+def test_how_many_search_samples_are_looked_at_hangs_little_on_the_first_look(
+    call_ms: float, batch_size: int, there: int, looked_at: int
+) -> None:
+    bench = Workbench.__new__(Workbench)
+    split = SimpleNamespace(num_samples=there)
+    bench.workload = SimpleNamespace(record=SimpleNamespace(split=lambda _: split))
+    bench.deployment = Deployment(batch_size=batch_size)
+    bench.budget, said = Budget(max_drop=0.5, time_s=480.0), list[str]()
+    bench.warn = said.append
+    assert bench._search_samples(call_ms / 1e3) == looked_at
+    assert [f"looks at {looked_at:,} of" in text for text in said] == [True] * (looked_at < there)
+
+
+@pytest.mark.parametrize(("took", "looks"), [([9.0, 3.0, 4.0], 3), ([300.0, 200.0, 200.0], 1)])
+def test_the_first_look_is_the_quietest_of_three_or_one_where_it_takes_long(
+    took: list[float], looks: int
+) -> None:
+    times = iter([[99.0], *[[ms, ms] for ms in took]])
+    predictor = SimpleNamespace(prepare=lambda _: None, time_block=lambda *_: next(times))
+    bench = Workbench.__new__(Workbench)
+    bench.store = SimpleNamespace(data=Path("data"))
+    assert bench._seconds_a_call(predictor) == min(took[:looks]) / 1e3
+    assert len(list(times)) == 3 - looks
 
 
 def test_a_model_that_cannot_be_profiled_still_gets_an_answer(

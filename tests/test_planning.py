@@ -32,6 +32,7 @@ from profiling_agent.planning.decide import (
     ranked_controls,
 )
 from profiling_agent.planning.estimate import (
+    UNTIMED,
     group_options,
     layer_gains,
     likely_to_serve,
@@ -610,6 +611,9 @@ def test_a_scheme_that_quantizes_alike_is_heard_as_one_trial() -> None:
     assert saving_scale(profile, history, STATIC) == pytest.approx(0.6)
     assert saving_scale(profile, history, STATIC_BF16) == pytest.approx(0.6)
     assert saving_scale(profile, history, pair_of(history[2])) == 1.0
+    table = table_of(STATIC, GROUPS[0].shape_class, (32, 0.2), (48, 0.04))
+    guessed = profile_of(deployed_widths=(table,))
+    assert saving_scale(guessed, history, STATIC_BF16) == UNTIMED, "eager mode's widths are others"
     own = [*history, ran(3, STATIC_BF16, 1.0), ran(4, STATIC_BF16, 1.2)]
     assert saving_scale(profile, own, STATIC_BF16) == pytest.approx((1.0 + 1.2 + 0.6) / 3)
 

@@ -242,7 +242,7 @@ def run_in(folder: Path, *, time_s: float = 300.0, left: float = 200.0) -> Any:
         call_s=lambda: 4e-3,
         progress=Recorder(),
         memory_limit=None,
-        anchor=lambda known, since: anchors.append((known, since)),
+        anchor=anchors.append,
         anchors=anchors,
     )
 
@@ -251,7 +251,7 @@ def test_a_second_run_takes_no_profile(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PROFILING_AGENT_CACHE", str(tmp_path / "cache"))
     busy, first, second = (run_in(tmp_path / name) for name in ("busy", "first", "second"))
     for run, relative in ((first, 0.3), (second, 0.31)):
-        evaluation = make_evaluation("c1", relative=relative)
+        evaluation = make_evaluation("c1", reference="c1", relative=relative)
         run.state.trials = [make_control("c1", "openvino", "fp32", evaluation=evaluation)]
     busy.call_s = lambda: 1e-3  # and the profile says 4 ms
     taken = [take_profile(each) for each in (busy, first, second)]
@@ -259,13 +259,14 @@ def test_a_second_run_takes_no_profile(tmp_path: Path, monkeypatch: pytest.Monke
     assert taken[0] == taken[1] and taken[2] is not None
     assert taken[2].reused_from is not None and taken[2].reused_from in second.progress.said[0]
     known = (ControlLatency(runtime="openvino", scheme="fp32", relative=0.3),)
-    assert second.anchors == [(known, taken[2].reused_from)] and first.anchors == []
+    assert second.anchors == [known] and first.anchors == []
     assert Profile.read(second.store.profile) == taken[2]
     assert second.state.profile_path == second.store.profile.name
     longer = run_in(tmp_path / "longer", time_s=600.0)
     assert take_profile(longer) is not None and longer.runner.builder.taken == [120.0]
     third = run_in(tmp_path / "third", left=21.0)  # no time for one of its own
     assert take_profile(third) is not None and third.runner.builder.taken == []
+    assert third.anchors == [()], "the longer run's profile took the place, without controls"
     monkeypatch.setenv("PROFILING_AGENT_CACHE", "off")
     anew = run_in(tmp_path / "anew")
     assert take_profile(anew) is not None and anew.runner.builder.taken == [60.0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from profiling_agent.earlier_plans import EarlierPlan, is_earlier
 from profiling_agent.llm.faults import FinalFault
 from profiling_agent.planning.advised import AdvisedPlanner
 from profiling_agent.planning.planner import Advised, AdvisedName, Planner, Proposal
@@ -113,6 +115,7 @@ class Search:
         max_trials: int = 12,
         trials_left: Callable[[], int | None] = lambda: None,
         runtimes: tuple[str, ...] = ("torch", "onnxruntime", "openvino"),
+        earlier: Sequence[EarlierPlan] = (),
     ) -> None:
         self.store = RunStore(folder)
         known = read_state(self.store)
@@ -133,6 +136,7 @@ class Search:
             warn=self.warnings.append,
             trials_left=trials_left,
             seconds_to_ask=lambda: 7.0,
+            earlier=earlier,
         )
 
     def run(self, *, drop: float = 0.1, steps: int = 50) -> list[str]:
@@ -153,6 +157,57 @@ class Search:
 def test_the_scripted_planners_are_planners() -> None:
     assert isinstance(Asked([], Behind()), Advised)
     assert not isinstance(Behind(), Advised)
+
+
+# ---- plans of earlier runs ----------------------------------------------------------------------
+
+EARLIER = [
+    EarlierPlan(plan=plan, author=author)
+    for plan, author in (
+        (NOT_HERE, "solver"),  # no control of this run
+        (NO_GROUP, "solver"),
+        (plan_at(0.4), "solver"),
+        (plan_at(0.5), "llm, in an earlier run"),
+        (plan_at(0.6), "llm+solver"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("max_trials", "in_time", "theirs"), [(12, None, 3), (7, None, 2), (12, 4, 1), (2, None, 0)]
+)
+def test_plans_of_earlier_runs_are_tried_first_if_they_are_few_of_all(
+    max_trials: int, in_time: int | None, theirs: int, tmp_path: Path
+) -> None:
+    planner = Asked([], Behind(), then=endless)
+    search = Search(planner, tmp_path, max_trials=max_trials, earlier=EARLIER)
+    if in_time is not None:
+        search.proposals.trials_left = lambda: in_time - len(search.state.trials[3:])
+    authors = search.run(drop=2.0)
+    marked = [
+        "solver, in an earlier run",
+        "llm, in an earlier run",
+        "llm+solver, in an earlier run",
+    ]
+    assert authors[:theirs] == marked[:theirs]
+    assert authors[theirs] == "llm"
+    assert not any(is_earlier(author) for author in authors[theirs:])
+    ours = search.state.trials[3:]
+    assert [trial.plan for trial in ours[:theirs]] == [each.plan for each in EARLIER[2:][:theirs]]
+    guarded = {guard.trial_id for guard in search.state.guards if guard.action == "rollback"}
+    assert not guarded & {trial.trial_id for trial in ours[:theirs]}, "no model wrote them"
+    assert search.state.rejections == []
+
+
+def test_a_continued_run_tries_them_once(tmp_path: Path) -> None:
+    first = Search(Behind(1), tmp_path, earlier=EARLIER)
+    assert len(first.run()) == 4
+    for trial in first.state.trials:
+        first.store.journal.append("trial", trial)
+    behind = Behind(plan=plan_at(0.9))
+    again = Search(behind, tmp_path, max_trials=6, earlier=EARLIER)
+    proposed = [author for _, _, author in islice(again.proposals.walk(PROFILE), 1)]
+    assert proposed == ["solver"]
 
 
 # ---- the reserve --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
-from profiling_agent.anchors import anchored, latencies_of, with_latency
+from profiling_agent.anchors import anchored, merged
 from profiling_agent.beside import Beside, contradict, pooled
 from profiling_agent.building import LocalBuilder
 from profiling_agent.errors import TrialError
@@ -364,49 +364,67 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
     assert bench.plans_beside() == "t3" and set(plans.raced) == {"c1", "t1", "t2", "t3"}
 
 
-def latency(pair: tuple[str, str], relative: float) -> ControlLatency:
-    return ControlLatency(runtime=pair[0], scheme=pair[1], relative=relative)
+SCHEMES = ("int8-static", "int8-static-bf16", "fp32", "bf16")
 
 
-def relatives(*values: float, reason: str = "") -> list[Trial]:
-    """Controls with these latencies over the original's."""
-    schemes = ("int8-static", "int8-static-bf16", "fp32", "bf16")
+def latencies(*values: float) -> tuple[ControlLatency, ...]:
+    return tuple(
+        ControlLatency(runtime="openvino", scheme=scheme, relative=value)
+        for scheme, value in zip(SCHEMES, values, strict=False)
+    )
+
+
+def timed_controls(*values: float, **fields: Any) -> list[Trial]:
+    """Controls with these latencies over the original's, from one race."""
     return [
         make_control(
             f"c{number}",
             "openvino",
             scheme,
-            reason=reason,
-            evaluation=make_evaluation(f"c{number}", relative=relative),
+            evaluation=make_evaluation(f"c{number}", reference="c1", relative=relative),
+            **fields,
         )
-        for number, (scheme, relative) in enumerate(zip(schemes, values, strict=False), start=1)
+        for number, (scheme, relative) in enumerate(zip(SCHEMES, values, strict=False), start=1)
     ]
 
 
-def test_controls_start_from_what_an_earlier_run_timed_in_quiet() -> None:
-    known = latencies_of(relatives(0.21, 0.205, 0.29))
-    assert [each.relative for each in known] == [0.21, 0.205, 0.29]
-    assert latencies_of(relatives(0.21, 0.205, reason="the machine was busy")) == ()
-    now = relatives(0.19 * 1.05, 0.195 * 1.05, 0.27 * 1.05, 0.5 * 1.05)  # in another order
-    again = anchored(now, known, "2026-11-27 12:00 UTC")
-    took = [trial.evaluation for trial in again]
-    assert [each.relative for each in took if each][:3] == [0.21, 0.205, 0.29]
-    assert [each.relative_since for each in took if each] == ["2026-11-27 12:00 UTC"] * 3 + [None]
-    scaled = took[3]  # was not known then: on the same scale as the others
-    assert scaled is not None and scaled.relative == pytest.approx(0.5 * 0.29 / 0.27)
+def taken(trials: Sequence[Trial]) -> dict[str, float | None]:
+    return {trial.trial_id: relative_latency(trial) for trial in trials}
+
+
+def test_controls_have_their_places_of_an_earlier_race_on_the_scale_of_this_one() -> None:
+    """The first two have changed places since; the original is slower for all."""
+    known = latencies(0.21, 0.205, 0.29)
+    again = anchored(timed_controls(0.198, 0.202, 0.29, 0.5), known)
+    scale = 0.202 / 0.205  # the median
+    assert taken(again) == pytest.approx({"c1": 0.21 * scale, "c2": 0.202, "c3": 0.29 * scale})
+    assert all(each.evaluation and each.evaluation.is_relative_kept for each in again)
 
 
 @pytest.mark.parametrize(
-    "now",
+    ("now", "names"),
     [
-        pytest.param((0.21, 0.205, 0.5), id="one has another place"),
-        pytest.param((0.3, 0.3, 0.42), id="the original is another"),
-        pytest.param((), id="nothing was measured"),
+        pytest.param(timed_controls(0.21, 0.205, 0.5), {"c1", "c2"}, id="one has another place"),
+        pytest.param(timed_controls(0.4, 0.4, 0.57), {"c1", "c2", "c3"}, id="all are slower"),
+        pytest.param([], set(), id="nothing was measured"),
+        pytest.param(timed_controls(0.2, 0.2, reason="it was busy"), set(), id="in a busy machine"),
+        pytest.param([raced("c1", 1.0, 5.0)], set(), id="in a race of its own"),
     ],
 )
-def test_controls_that_are_others_now_keep_their_own_times(now: tuple[float, ...]) -> None:
-    known = latencies_of(relatives(0.21, 0.205, 0.29))
-    assert anchored(relatives(*now), known, "2026-11-27 12:00 UTC") == []
+def test_a_control_keeps_its_own_time_where_that_tells_more(
+    now: list[Trial], names: set[str]
+) -> None:
+    assert set(taken(anchored(now, latencies(0.21, 0.205, 0.29)))) == names
+
+
+def test_what_later_runs_know_of_the_controls_does_not_drift_and_is_completed() -> None:
+    first = merged((), timed_controls(0.21, 0.205))
+    assert first == latencies(0.21, 0.205)
+    more = merged(first, timed_controls(0.1, 0.1025, 0.145))
+    assert set(first) < set(more)
+    third = next(each for each in more if each.scheme == "fp32")
+    assert third.relative == pytest.approx(0.145 / ((0.1 / 0.21 + 0.1025 / 0.205) / 2))
+    assert merged(first, timed_controls(0.3, 0.1, 0.2, reason="the machine was busy")) == first
 
 
 class Busy:
@@ -414,21 +432,30 @@ class Busy:
 
     def __init__(self) -> None:
         self.is_busy, self.asked = True, list[str]()
+        self.reference = dict[str, Any]()
 
     def time_again(self, trial: Trial, folder: Any, protocol: Any, deadline: Any) -> Trial:
         self.asked.append(trial.trial_id)
-        return with_latency(trial, 0.123, None) if trial.is_control else trial
+        return timed_controls(0.123)[0] if trial.is_control else trial
+
+    def watch(self, trials: Sequence[Trial], folder: Any) -> None:
+        self.reference = taken(trials)
 
 
-def test_trials_are_timed_again_when_the_machine_is_quiet_and_at_last(tmp_path: Path) -> None:
-    runner = Busy()
+def bench_with(runner: Busy, folder: Path) -> Workbench:
     bench = Workbench.__new__(Workbench)
-    bench.store, bench.runner = RunStore(tmp_path), runner  # type: ignore[assignment]
+    bench.store, bench.runner = RunStore(folder), runner  # type: ignore[assignment]
     bench.state, bench.progress = RunState(), SilentProgress()
     bench.state.baseline = make_evaluation()
     bench.settings = None  # type: ignore[assignment]
     bench.time_s, bench._times_again = 1e9, Counter()  # pyright: ignore[reportPrivateUsage]
     bench.reserve = lambda num_artefacts=3: 0.0  # type: ignore[method-assign]
+    return bench
+
+
+def test_trials_are_timed_again_when_the_machine_is_quiet_and_at_last(tmp_path: Path) -> None:
+    runner = Busy()
+    bench = bench_with(runner, tmp_path)
     for trial in (beside("t1", 0.65), beside("t2", 0.43)):
         bench.state.keep(trial)
     bench.time_again()
@@ -442,25 +469,20 @@ def test_trials_are_timed_again_when_the_machine_is_quiet_and_at_last(tmp_path: 
 
 
 def test_a_control_timed_again_keeps_the_latency_that_plans_start_from(tmp_path: Path) -> None:
-    """That of an earlier run; trials are measured by way of it."""
-    bench = Workbench.__new__(Workbench)
-    bench.store, bench.runner = RunStore(tmp_path), Busy()  # type: ignore[assignment]
-    bench.runner.anchor = lambda trials: None  # type: ignore[method-assign]
-    bench.runner.is_busy = False  # type: ignore[misc]
-    bench.state, bench.progress = RunState(), SilentProgress()
-    bench.state.baseline = make_evaluation()
-    bench.settings = None  # type: ignore[assignment]
-    bench.time_s, bench._times_again = 1e9, Counter()  # pyright: ignore[reportPrivateUsage]
-    bench.reserve = lambda num_artefacts=3: 0.0  # type: ignore[method-assign]
-    (slow,) = relatives(0.2)
+    """By its place in an earlier race; trials are measured by way of it."""
+    runner = Busy()
+    runner.is_busy = False
+    bench = bench_with(runner, tmp_path)
+    (slow, other) = timed_controls(0.2, 0.2)
     assert slow.evaluation is not None
-    busy = slow.evaluation.model_copy(update={"reference": "c1", "reference_ms": 0.65})
-    bench.state.keep(slow.model_copy(update={"evaluation": busy}))
-    bench.state.keep(beside("t2", 0.43))
-    bench.anchor([latency(("openvino", "int8-static"), 0.21)], "2026-11-27 12:00 UTC")
+    busy = slow.evaluation.model_copy(update={"reference_ms": 0.65})
+    for trial in (slow.model_copy(update={"evaluation": busy}), other, beside("t2", 0.43)):
+        bench.state.keep(trial)
+    bench.anchor(latencies(0.21, 0.2))
+    place = 0.21 * (0.2 / 0.21 + 1.0) / 2
+    assert runner.reference["c1"] == pytest.approx(place), "the reference is where the rest are"
     bench.time_again()
-    evaluation = bench.state.trials[0].evaluation
-    assert bench.runner.asked == ["c1"]  # type: ignore[attr-defined]
-    assert evaluation is not None and evaluation.relative == 0.21
-    assert evaluation.relative_since == "2026-11-27 12:00 UTC"
-    assert read_state(bench.store).trials == bench.state.trials[:1]
+    assert runner.asked == ["c1"]
+    assert taken(bench.state.trials)["c1"] == pytest.approx(place)
+    journalled = read_state(bench.store).trials
+    assert taken(journalled) == taken(bench.state.trials[:2])

@@ -1,57 +1,69 @@
-"""The controls' latencies over the original's, as an earlier run timed them in quiet.
+"""The controls' places among each other, as an earlier run timed them in quiet.
 
-Plans start from them, and which of two controls a few per cent apart comes first sends a search
-another way. Eager mode's time varies by more than that from race to race, so runs that start from
-one profile start from one race of the controls too.
+Plans start from them, and which of two controls 2 % apart comes first sends a search another way.
+So runs that start from one profile start from one race of the controls too. The scale, what all
+took over the original in eager mode, stays this run's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
-from profiling_agent.evaluation.watch import DOUBTED, DOUBTED_ORIGINAL
 from profiling_agent.planning.history import Pair, controls, relative_latency
 from profiling_agent.profiling.profile_cache import ControlLatency
 from profiling_agent.records.trial import Trial
 
-
-def latencies_of(trials: Sequence[Trial]) -> tuple[ControlLatency, ...]:
-    """For later runs; none where the machine was busy."""
-    measured = controls(trials)
-    if any(trial.reason for trial in measured.values()):
-        return ()
-    return tuple(
-        ControlLatency(runtime=pair.runtime, scheme=pair.scheme, relative=relative)
-        for pair, trial in measured.items()
-        if (relative := relative_latency(trial)) is not None
-    )
+NEAR = 0.1
+"""A control whose place is another by no more than this share has its earlier one."""
 
 
-def anchored(trials: Sequence[Trial], known: Sequence[ControlLatency], since: str) -> list[Trial]:
-    """The controls with the known latencies, and others on the same scale; none where a control's
-    place among the rest is clearly another now, or the original's among all."""
-    before = {Pair(runtime=each.runtime, scheme=each.scheme): each.relative for each in known}
-    now = {
-        pair: (trial, relative)
-        for pair, trial in controls(trials).items()
-        if (relative := relative_latency(trial)) is not None
-    }
-    ratios = {pair: now[pair][1] / before[pair] for pair in now if pair in before}
-    if not ratios:
-        return []
-    usual = median(ratios.values())
-    apart = [max(ratio / usual, usual / ratio) for ratio in ratios.values()]
-    if max(apart) > DOUBTED or max(usual, 1 / usual) > DOUBTED_ORIGINAL:
-        return []
+def anchored(trials: Sequence[Trial], known: Sequence[ControlLatency]) -> list[Trial]:
+    """The controls whose places now are near the known ones, with these."""
+    now, before = _raced(trials), _by_pair(known)
+    scale = _scale(now, before)
     return [
-        with_latency(trial, before.get(pair, relative / usual), since if pair in before else None)
-        for pair, (trial, relative) in now.items()
+        with_latency(trial, before[pair] * scale)
+        for pair, trial in controls(trials).items()
+        if pair in now and pair in before and abs(now[pair] / before[pair] / scale - 1.0) < NEAR
     ]
 
 
-def with_latency(trial: Trial, relative: float | None, since: str | None) -> Trial:
-    """A trial that was measured, with this latency over the original's."""
+def merged(known: Sequence[ControlLatency], trials: Sequence[Trial]) -> tuple[ControlLatency, ...]:
+    """What is known, and on its scale those that were timed beside each other since, in quiet."""
+    now, before = _raced(trials), _by_pair(known)
+    scale = _scale(now, before)
+    found = {pair: relative / scale for pair, relative in now.items()} | before
+    return tuple(
+        ControlLatency(runtime=pair.runtime, scheme=pair.scheme, relative=relative)
+        for pair, relative in found.items()
+    )
+
+
+def with_latency(trial: Trial, relative: float | None) -> Trial:
+    """A trial that was measured, with an earlier latency over the original's."""
     assert trial.evaluation is not None
-    update = {"relative": relative, "relative_since": since}
+    update = {"relative": relative, "is_relative_kept": True}
     return trial.model_copy(update={"evaluation": trial.evaluation.model_copy(update=update)})
+
+
+def _raced(trials: Sequence[Trial]) -> dict[Pair, float]:
+    """Latencies of controls from a race with the reference, while the machine was quiet."""
+    return {
+        pair: relative
+        for pair, trial in controls(trials).items()
+        if trial.evaluation is not None
+        and trial.evaluation.reference is not None
+        and not trial.reason
+        and (relative := relative_latency(trial)) is not None
+    }
+
+
+def _by_pair(known: Sequence[ControlLatency]) -> dict[Pair, float]:
+    return {Pair(runtime=each.runtime, scheme=each.scheme): each.relative for each in known}
+
+
+def _scale(now: Mapping[Pair, float], before: Mapping[Pair, float]) -> float:
+    """What the controls take now over what they took before; 1 where none is known of both."""
+    ratios = [now[pair] / before[pair] for pair in now if pair in before]
+    return median(ratios) if ratios else 1.0

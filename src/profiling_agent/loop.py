@@ -8,11 +8,13 @@ the test split is opened once, after the candidates are journalled.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from profiling_agent.acquisition.acquire import acquire
 from profiling_agent.acquisition.metrics import load_metric
 from profiling_agent.acquisition.request import Request
+from profiling_agent.earlier_plans import EarlierPlan, PlanCache
 from profiling_agent.evaluation.judge import find_judge
 from profiling_agent.evaluation.statistics import provable_drop
 from profiling_agent.finish import Finish
@@ -20,6 +22,7 @@ from profiling_agent.machine.clock import now
 from profiling_agent.planning.history import feasible
 from profiling_agent.planning.planner import Planner, find_planner
 from profiling_agent.preconditions import check_settings, check_task
+from profiling_agent.profiling.user_cache import user_folder
 from profiling_agent.proposing import Proposals
 from profiling_agent.records.llm import LlmSettings
 from profiling_agent.records.profile import Profile
@@ -39,6 +42,8 @@ from profiling_agent.workbench import Workbench
 
 PATIENCE = 12
 """Trials without a better feasible plan after which the search stops."""
+RESUMING = ("solver", "llm", "hybrid")
+"""Planners that go on from the plans of earlier runs; the others are there to be compared with."""
 LLM_SHARE = 0.25
 """Of the time budget, for waiting for a language model's answers."""
 
@@ -109,8 +114,15 @@ def _walk(bench: Workbench, planner: Planner) -> None:
     _say_what_is_provable(bench.workload.record, bench.progress)
     bench.set_up()
     profile = take_profile(bench)
+    cache = PlanCache(
+        folder=user_folder("plans"),
+        workload=bench.workload,
+        machine=bench.machine,
+        deployment=bench.deployment,
+        budget=bench.budget,
+    )
     if profile is not None:
-        _Search(bench, planner).walk(profile)
+        _Search(bench, planner).walk(profile, cache.find() if planner.name in RESUMING else ())
     bench.time_again(at_last=True)
     bench.runner.builder.close()
     bench.runner.close()
@@ -121,6 +133,7 @@ def _walk(bench: Workbench, planner: Planner) -> None:
         state=bench.state,
         beside=bench.beside,
     ).walk()
+    cache.keep(bench.state.trials, bench.state.candidates or ())
 
 
 def _say_what_is_provable(workload: WorkloadRecord, progress: Progress) -> None:
@@ -138,10 +151,12 @@ class _Search:
     def __init__(self, bench: Workbench, planner: Planner) -> None:
         self.bench, self.planner, self.state = bench, planner, bench.state
 
-    def walk(self, profile: Profile) -> None:
+    def walk(self, profile: Profile, earlier: Sequence[EarlierPlan]) -> None:
         bench = self.bench
         if self.state.candidates is not None:
             return
+        if earlier and not self._ours(0):
+            bench.progress.message("the plans that an earlier run ended with are tried first")
         proposals = Proposals(
             planner=self.planner,
             store=bench.store,
@@ -151,6 +166,7 @@ class _Search:
             warn=bench.warn,
             trials_left=self._trials_left,
             seconds_to_ask=self._seconds_to_ask,
+            earlier=earlier,
         )
         for number, proposal, author in proposals.walk(profile):
             if bench.left < bench.reserve() + 1.3 * bench.usual_trial_s():

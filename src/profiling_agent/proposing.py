@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from profiling_agent.earlier_plans import SHARE, EarlierPlan, is_earlier
 from profiling_agent.planning.check import check_plan
 from profiling_agent.planning.drops import expected_drop, fitted_slope
-from profiling_agent.planning.history import feasible, search_drop
+from profiling_agent.planning.history import Pair, controls, feasible, search_drop
 from profiling_agent.planning.planner import Advised, Planner, Proposal
+from profiling_agent.planning.solver import estimate
 from profiling_agent.records.llm import Guard
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile
@@ -53,6 +55,8 @@ class Proposals:
     warn: Callable[[str], None]
     trials_left: Callable[[], int | None]
     seconds_to_ask: Callable[[], float]
+    earlier: Sequence[EarlierPlan] = ()
+    """Plans of earlier runs, which are tried first."""
 
     def __post_init__(self) -> None:
         if isinstance(self.planner, Advised):
@@ -73,6 +77,10 @@ class Proposals:
             number = self._num_ours() + 1
             if number > self.settings.budget.max_trials:
                 return
+            earlier = self._earlier_plan(number, profile)
+            if earlier is not None:
+                yield number, earlier, earlier.author or ""
+                continue
             planner = self._whose_turn(number)
             if isinstance(planner, Advised):
                 planner.allow(self.seconds_to_ask())
@@ -108,6 +116,23 @@ class Proposals:
             )
         )
         return True
+
+    def _earlier_plan(self, number: int, profile: Profile) -> Proposal | None:
+        """The next plan of an earlier run, with today's estimates; as long as they are few among
+        all trials."""
+        if number > len(self.earlier):
+            return None
+        left, most = self.trials_left(), self.settings.budget.max_trials
+        if left is not None:
+            most = min(most, number - 1 + left)
+        if number > most // SHARE:
+            return None
+        trials, measured = self.state.trials, controls(self.state.trials)
+        for each in self.earlier:
+            pair = Pair(runtime=each.plan.runtime, scheme=each.plan.quantization.scheme)
+            if pair in measured and not objection(each.plan, profile, trials, self.settings):
+                return replace(estimate(each.plan, profile, trials), author=each.marked)
+        return None
 
     def _num_ours(self) -> int:
         return sum(1 for trial in self.state.trials if not trial.is_control)
@@ -154,7 +179,7 @@ class Proposals:
 
     def look_back(self, trial: Trial) -> None:
         """Say from where the search goes on after a model's plan that lost too much."""
-        if self._reserve is None or trial.author == "solver":
+        if self._reserve is None or trial.author == "solver" or is_earlier(trial.author):
             return
         best = feasible(self.state.trials, self.settings.budget)
         if trial.status == "failed" or trial.trial_id in {good.trial_id for good in best}:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from profiling_agent.anchors import latencies_of
+from profiling_agent.anchors import merged
 from profiling_agent.errors import TrialError
 from profiling_agent.evaluation.watch import DOUBTED, DOUBTED_ORIGINAL
 from profiling_agent.planning.estimate import controls_to_profile, likely_to_serve
@@ -40,7 +40,8 @@ or when so many trials would not have time after them."""
 def take_profile(bench: Workbench) -> Profile | None:
     """The profile of the workload on a bench that is set up; journalled, and kept for later runs.
 
-    ``None`` for want of time or because the model can't be profiled: the warnings say why, and the
+    One of an earlier run brings the places of the controls with it. ``None`` for want of time or
+    because the model can't be profiled: the warnings say why, and the
     controls are all there is to choose from.
     """
     store, state = bench.store, bench.state
@@ -66,7 +67,7 @@ def take_profile(bench: Workbench) -> Profile | None:
         taken = found
         when = found.profile.reused_from
         bench.progress.message(f"the profile is an earlier run's, taken on this machine {when}")
-        bench.anchor(found.controls, when or "")
+        bench.anchor(found.controls)
     else:
         taken = _taken(bench)
     if taken is None:
@@ -92,7 +93,7 @@ def _for_later(bench: Workbench, taken: KeptProfile, profile: Profile) -> KeptPr
     return KeptProfile(
         seconds=taken.seconds,
         profile=profile.model_copy(update=update),
-        controls=taken.controls or latencies_of(bench.state.trials),
+        controls=merged(taken.controls, bench.state.trials),
     )
 
 

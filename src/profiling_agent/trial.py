@@ -174,15 +174,6 @@ class TrialRunner:
                 self.reference = Reference(control.trial_id, relative, opens)
                 break
 
-    def anchor(self, trials: Sequence[Trial]) -> None:
-        """Take the latency over the original's of the control that plans are raced beside from
-        these."""
-        reference = self.reference
-        for trial in trials:
-            relative = relative_latency(trial)
-            if reference is not None and trial.trial_id == reference.name and relative is not None:
-                reference.relative = relative
-
     @property
     def is_busy(self) -> bool:
         """Whether the last race was slowed by something else."""
@@ -363,9 +354,7 @@ def _measured(
 ) -> dict[str, Any]:
     """The fields of an evaluation that a race tells."""
     timing = times.timing(name)
-    fields: dict[str, Any] = dict.fromkeys(
-        ("reference", "reference_ms", "relative", "relative_since")
-    )
+    fields: dict[str, Any] = dict.fromkeys(("reference", "reference_ms", "relative"))
     if reference is not None and reference.name in times.blocks:
         over = times.speedup(name, reference.name).estimate if name != reference.name else 1.0
         fields["reference"] = reference.name
@@ -375,6 +364,7 @@ def _measured(
         "timing": timing,
         "speedup": Speedup(over=ORIGINAL, ratio=times.speedup(name, ORIGINAL)),
         "throughput_per_s": 1e3 * deployment.batch_size / timing.median_ms,
+        "is_relative_kept": False,
         **fields,
     }
 

@@ -295,12 +295,13 @@ class Workbench:
             state.controls_timed = True
             self.store.journal.append("controls-timed", [trial.trial_id for trial in again])
 
-    def anchor(self, known: Sequence[ControlLatency], since: str) -> None:
-        """Start from the latencies of the controls that an earlier run measured."""
-        again = anchored(self.state.trials, known, since)
+    def anchor(self, known: Sequence[ControlLatency]) -> None:
+        """Start from the places of the controls in the race of an earlier run."""
+        again = anchored(self.state.trials, known)
         for trial in again:
             self._keep(trial)
-        self.runner.anchor(again)
+        if again:
+            self.runner.watch(self.state.trials, self.store.trial)
 
     def plans_beside(self) -> str | None:
         """The id of the fastest plan in a race of the fastest, as before candidates are named, once
@@ -402,9 +403,8 @@ class Workbench:
                     TRIAL.suited_to(self.call_s()),
                     now() + max(0.0, self.left - self.reserve()),
                 )
-            known = trial.evaluation
-            if known is not None and known.relative_since is not None:
-                again = with_latency(again, known.relative, known.relative_since)
+            if trial.evaluation is not None and trial.evaluation.is_relative_kept:
+                again = with_latency(again, trial.evaluation.relative)
             self._keep(again)
 
     def _drop_dominated(self) -> None:

@@ -19,6 +19,7 @@ from profiling_agent.planning.history import (
     controls,
     holds,
     is_clearly_over,
+    measured_pair,
     pair_of,
     relative_latency,
 )
@@ -333,18 +334,22 @@ def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
 
     This is how the trials correct the latency estimate. What layers kept float cost is not held
     against the pruning. Trials of the runtime's schemes that quantize alike count together as one
-    more. Without a trial it is 1, but ``UNTIMED`` where other pairs' widths were timed and this
-    one's were not: eager mode gains more by pruning than a runtime does, and what is known too well
-    by guess would be tried before what is known.
+    more, where their widths were timed as this pair's were. Without a trial it is 1, but
+    ``UNTIMED`` where other pairs' widths were timed and this one's were not: eager mode gains more
+    by pruning than a runtime does, and what is known too well by guess would be tried before what
+    is known.
     """
     known = controls(history)
     if pair not in known or relative_latency(known[pair]) is None:
         return 1.0
+    timed = {measured_pair(table) for table in profile.deployed_widths}
     savings = _savings(profile, history, pair)
     alike = [
         saving
         for other in known
-        if other != pair and other.runtime == pair.runtime and _kind(other) == _kind(pair)
+        if other != pair
+        and (other.runtime, _kind(other)) == (pair.runtime, _kind(pair))
+        and (other in timed) == (pair in timed)
         for saving in _savings(profile, history, other)
     ]
     if alike:
@@ -352,8 +357,7 @@ def saving_scale(profile: Profile, history: Sequence[Trial], pair: Pair) -> floa
     predicted = sum(each[0] for each in savings)
     measured = sum(each[1] for each in savings)
     if predicted == 0.0:
-        timed = {(table.runtime, table.scheme) for table in profile.deployed_widths}
-        return UNTIMED if timed and (pair.runtime, pair.scheme) not in timed else 1.0
+        return UNTIMED if timed and pair not in timed else 1.0
     return min(1.5, max(0.2, measured / predicted))
 
 

@@ -65,7 +65,8 @@ class Solver:
     def propose(
         self, profile: Profile, history: Sequence[Trial], budget: Budget, seed: int
     ) -> Proposal | None:
-        """The most promising untried plan over all runtimes and schemes, or ``None``."""
+        """The most promising untried plan over all runtimes and schemes, or ``None``; of times that
+        can't be told apart, in the scheme whose control is faster."""
         tried = {trial.plan.plan_id for trial in history}
         found: list[tuple[float, float, Proposal]] = []
         for pair in worth_trying(profile, history, budget):

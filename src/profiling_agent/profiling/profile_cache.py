@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import Field
 from torch import nn
 
 from profiling_agent.acquisition.workload import Workload
@@ -40,12 +41,12 @@ class ControlLatency(Record):
 
     runtime: str
     scheme: str
-    relative: float
+    relative: float = Field(gt=0)
 
 
 class KeptProfile(Record):
-    """A profile as it is stored, the seconds it was given, and the controls that were timed beside
-    each other before it."""
+    """A profile as it is stored, the seconds it was given, and the controls that had been timed
+    beside each other."""
 
     seconds: float
     profile: Profile
@@ -96,22 +97,32 @@ class ProfileCache:
 
     @cached_property
     def _path(self) -> Path | None:
-        described = architecture(self.workload.model) if self.folder is not None else None
-        if described is None:
+        if self.folder is None:
             return None
-        record, machine = self.workload.record, self.machine
-        same = record.model_dump(
-            mode="json", include={"model_sha256", "inputs", "preprocessing", "task"}
-        )
-        calibration = record.split("calibration")
-        parts = (
-            same, calibration.sha256, calibration.num_samples, described,
-            machine.processor, machine.architecture, machine.num_cores, machine.cpu_quota,
-            machine.features, sorted((machine.versions | installed_versions(BESIDE)).items()),
-            [offer.model_dump(mode="json") for offer in available(machine)],
-            self.deployment.model_dump(mode="json"),
-        )  # fmt: skip
-        return file_of(self.folder, parts)
+        parts = identity(self.workload, self.machine, self.deployment)
+        return None if parts is None else file_of(self.folder, parts)
+
+
+def identity(
+    workload: Workload, machine: Machine, deployment: Deployment
+) -> tuple[object, ...] | None:
+    """What two runs have in common for which the same was measured, as lists and values; None for a
+    model that can't be told from others."""
+    described = architecture(workload.model)
+    if described is None:
+        return None
+    record = workload.record
+    same = record.model_dump(
+        mode="json", include={"model_sha256", "inputs", "preprocessing", "task"}
+    )
+    calibration = record.split("calibration")
+    return (
+        same, calibration.sha256, calibration.num_samples, described,
+        machine.processor, machine.architecture, machine.num_cores, machine.cpu_quota,
+        machine.features, sorted((machine.versions | installed_versions(BESIDE)).items()),
+        [offer.model_dump(mode="json") for offer in available(machine)],
+        deployment.model_dump(mode="json"),
+    )  # fmt: skip
 
 
 def architecture(model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""What earlier runs on this machine measured, kept in the user's cache folder.
+"""What earlier runs on this machine measured and found, kept in the user's cache folder.
 
 ``PROFILING_AGENT_CACHE`` names the folder (else ``profiling-agent`` in the user's cache folder);
 ``off`` finds and keeps nothing. The files may be deleted at any time; one that can't be read is

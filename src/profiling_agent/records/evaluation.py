@@ -66,9 +66,10 @@ class Evaluation(Record):
         description="latency over the baseline's by way of the reference: over that in this race, "
         "times what that was seen to take; artefacts differ less from race to race than eager mode",
     )
-    relative_since: str | None = Field(
-        default=None,
-        description="of a control: when the earlier run was that timed what is in relative",
+    is_relative_kept: bool = Field(
+        default=False,
+        description="of a control: relative follows from its place among the others in the race of "
+        "an earlier run, with the profile of which this one started",
     )
     throughput_per_s: float | None = Field(description="samples a second at that batch size")
     size_bytes: int | None = Field(description="bytes of the model files")

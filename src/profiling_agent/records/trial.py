@@ -30,7 +30,10 @@ class Trial(Record):
     schema_version: Literal[1] = 1
     trial_id: str
     plan: Plan
-    author: str = Field(description="control, solver, llm, llm+solver, uniform, ..., or user")
+    author: str = Field(
+        description="control, solver, llm, llm+solver, uniform, ..., or user; "
+        "with ', in an earlier run' where that run's plan was tried again"
+    )
     is_control: bool = False
     status: TrialStatus
     reason: str = ""
