@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from profiling_agent.earlier_plans import EarlierPlan, is_earlier
+from profiling_agent.earlier_plans import EarlierPlan
 from profiling_agent.llm.faults import FinalFault
 from profiling_agent.planning.advised import AdvisedPlanner
 from profiling_agent.planning.planner import Advised, AdvisedName, Planner, Proposal
@@ -191,8 +191,9 @@ def test_plans_of_earlier_runs_are_tried_first_if_they_are_few_of_all(
     ]
     assert authors[:theirs] == marked[:theirs]
     assert authors[theirs] == "llm"
-    assert not any(is_earlier(author) for author in authors[theirs:])
     ours = search.state.trials[3:]
+    assert [trial.is_earlier for trial in ours[:theirs]] == [True] * theirs
+    assert not any(trial.is_earlier for trial in ours[theirs:])
     assert [trial.plan for trial in ours[:theirs]] == [each.plan for each in EARLIER[2:][:theirs]]
     guarded = {guard.trial_id for guard in search.state.guards if guard.action == "rollback"}
     assert not guarded & {trial.trial_id for trial in ours[:theirs]}, "no model wrote them"
@@ -205,9 +206,24 @@ def test_a_continued_run_tries_them_once(tmp_path: Path) -> None:
     for trial in first.state.trials:
         first.store.journal.append("trial", trial)
     behind = Behind(plan=plan_at(0.9))
-    again = Search(behind, tmp_path, max_trials=6, earlier=EARLIER)
+    more = [EarlierPlan(plan=plan_at(0.7), author="solver"), *EARLIER]  # another run's, since
+    again = Search(behind, tmp_path, max_trials=30, earlier=more)
     proposed = [author for _, _, author in islice(again.proposals.walk(PROFILE), 1)]
     assert proposed == ["solver"]
+    killed = Search(behind, tmp_path, max_trials=30, earlier=EARLIER)
+    killed.state.trials = [*controls_of(), *first.state.trials[3:5]]
+    (third,) = islice(killed.proposals.walk(PROFILE), 1)
+    assert (third[0], third[1].plan) == (3, EARLIER[4].plan)
+
+
+def test_after_one_that_fails_the_planner_goes_on(tmp_path: Path) -> None:
+    """Or two in a row would have the solver give up their runtime and scheme."""
+    search = Search(Behind(), tmp_path, max_trials=30, earlier=EARLIER)
+    (first,) = islice(search.proposals.walk(PROFILE), 1)
+    failed = tried(1, first[1].plan, 0.6, 0.1)
+    search.state.trials.append(failed.model_copy(update={"status": "failed", "author": first[2]}))
+    (second,) = islice(search.proposals.walk(PROFILE), 1)
+    assert second[2] == "solver"
 
 
 # ---- the reserve --------------------------------------------------------------------------------

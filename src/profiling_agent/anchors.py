@@ -14,7 +14,7 @@ from profiling_agent.planning.history import Pair, controls, relative_latency
 from profiling_agent.profiling.profile_cache import ControlLatency
 from profiling_agent.records.trial import Trial
 
-NEAR = 0.1
+NEAR = 0.05
 """A control whose place is another by no more than this share has its earlier one."""
 
 
@@ -32,8 +32,10 @@ def anchored(trials: Sequence[Trial], known: Sequence[ControlLatency]) -> list[T
 def merged(known: Sequence[ControlLatency], trials: Sequence[Trial]) -> tuple[ControlLatency, ...]:
     """What is known, and on its scale those that were timed beside each other since, in quiet."""
     now, before = _raced(trials), _by_pair(known)
+    if before and not before.keys() & now.keys():
+        return tuple(known)  # nothing tells the scale
     scale = _scale(now, before)
-    found = {pair: relative / scale for pair, relative in now.items()} | before
+    found = before | {pair: now[pair] / scale for pair in now if pair not in before}
     return tuple(
         ControlLatency(runtime=pair.runtime, scheme=pair.scheme, relative=relative)
         for pair, relative in found.items()

@@ -2,7 +2,7 @@
 
 A race of an artefact alone with the original has the original's noise in its ratio, and the first
 of many is partly the luckiest. Controls are timed beside each other before plans are made, and the
-fastest plans before the search gives up and before candidates are named.
+fastest plans before the search gives up and, in several races, before candidates are named.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FEWEST, MOST, SHARE = 3, 8, 0.07
 """How many artefacts a race has: as many as take at most this share of the time budget."""
 OPENING_S = 8.0
 """For starting the processes of a race."""
-APART = 0.05
-"""How far an artefact's places in two races may be apart: with every start a process has another
-luck with memory and cores."""
+CLOSE, RACES = 4, 3
+"""The fastest so many plans of a race are raced again, with new processes, up to so many races in
+all: with every start a process has another luck with memory and cores, of 2 % and more."""
 
 
 def _most(call_s: float, time_budget_s: float) -> int:
@@ -66,8 +66,12 @@ class Beside:
 
     @property
     def most_seconds(self) -> float:
-        """What the largest race takes; 0 where there is none."""
-        return _seconds(self.call_s, self.most) if self.most else 0.0
+        """What the largest race takes, and one more of the fastest where the budget affords both; 0
+        where there is none."""
+        if not self.most:
+            return 0.0
+        first, again = _seconds(self.call_s, self.most), _seconds(self.call_s, CLOSE)
+        return first + again if first + again <= SHARE * self.budget.time_s else first
 
     def seconds(self, num_artefacts: int) -> float:
         """What a race of so many is expected to take at most: a busy machine has it run again."""
@@ -80,12 +84,13 @@ class Beside:
     def ranked(
         self, trials: Sequence[Trial], num_test: int, has_time: Callable[[float], bool]
     ) -> list[Trial]:
-        """All trials, the leaders and the best control by their own races and one of all of them;
-        by another too where those contradict each other and there is time for so many seconds."""
-        leaders = self.leaders(trials, num_test)
-        races = [self.race_plans(leaders, trials)]
-        if contradict(trials, races[0]) and has_time(self.seconds(len(leaders) + 1)):
-            races.append(self.race_plans(leaders, trials))
+        """All trials: the leaders and the best control by their own races and one of all of them,
+        the fastest by further ones too, as long as there is time for so many seconds."""
+        known = {trial.trial_id: trial for trial in trials}
+        races = [self.race_plans(self.leaders(trials, num_test), trials)]
+        while races[-1] and len(races) < RACES and has_time(_seconds(self.call_s, CLOSE)):
+            close = self.leaders(pooled(trials, races), num_test)[:CLOSE]
+            races.append(self.race_plans([known[trial.trial_id] for trial in close], trials))
         return pooled(trials, races)
 
     def race_plans(self, plans: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
@@ -114,13 +119,6 @@ class Beside:
         except TrialError as error:
             self.warn(f"{what[0].upper()}{what[1:]} could not be timed beside each other: {error}")
             return []
-
-
-def contradict(trials: Sequence[Trial], again: Sequence[Trial]) -> bool:
-    """Whether an artefact's place in the race is another than in its own before."""
-    ratios = _ratios(trials, again)
-    usual = median(ratios.values()) if ratios else 1.0
-    return any(abs(ratio / usual - 1.0) > APART for ratio in ratios.values())
 
 
 def pooled(trials: Sequence[Trial], races: Sequence[Sequence[Trial]]) -> list[Trial]:

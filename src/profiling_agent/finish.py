@@ -19,7 +19,6 @@ from profiling_agent.evaluation.judge import Judge
 from profiling_agent.evaluation.measure import FINAL, Protocol, Race
 from profiling_agent.evaluation.predictor import Predictor
 from profiling_agent.planning.decide import (
-    MAX_CANDIDATES,
     Final,
     best_control,
     conclude,
@@ -113,8 +112,8 @@ class Finish:
         self.call_s = beside.call_s
         self.protocol = final_protocol(self.budget.time_s, self.call_s)
 
-    def walk(self) -> None:
-        candidates = self._candidates()
+    def walk(self, candidates: Sequence[Candidate]) -> None:
+        """Look at the candidates on the test split, one after the other, and hand over."""
         level = proof_level(len(candidates))
         self.progress.stage("test split", "the original")
         try:
@@ -152,22 +151,21 @@ class Finish:
         step = "Mend the metric, and start again with another --out."
         self._hand_over(verdict.model_copy(update={"reason": reason, "next_step": step}))
 
-    def _candidates(self) -> list[Candidate]:
+    def nominate(self) -> list[Candidate]:
+        """Journal the candidates, before the test split is opened."""
         if self.state.candidates is None:
             num_test = self.workload.record.split("test").num_samples
-            trials = self.beside.ranked(self.state.trials, num_test, self._has_time_before_the_test)
+            trials = self.beside.ranked(self.state.trials, num_test, self._has_time_to_race)
             self.state.candidates = nominate(trials, self.budget, num_test)
             dumped = [candidate.model_dump(mode="json") for candidate in self.state.candidates]
             self.store.journal.append("candidates", dumped)
         return self.state.candidates
 
-    def _has_time_before_the_test(self, seconds: float) -> bool:
-        """For something that takes so long, so that what follows fits into the time budget."""
+    def _has_time_to_race(self, seconds: float) -> bool:
+        """So long, so that the control and a candidate still fit into the time budget."""
         num_test = self.workload.record.split("test").num_samples
         num_calls = -(-num_test // self.deployment.batch_size)
-        rest = final_seconds(
-            self.state.trials, self.budget, num_calls, self.call_s, 1 + MAX_CANDIDATES
-        )
+        rest = final_seconds(self.state.trials, self.budget, num_calls, self.call_s, 2)
         return self.store.journal.clock() + seconds + rest < self.budget.time_s
 
     def _trial(self, trial_id: str) -> Trial:

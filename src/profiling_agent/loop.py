@@ -118,22 +118,25 @@ def _walk(bench: Workbench, planner: Planner) -> None:
         folder=user_folder("plans"),
         workload=bench.workload,
         machine=bench.machine,
-        deployment=bench.deployment,
-        budget=bench.budget,
+        settings=bench.settings,
     )
+    goes_on = planner.name in RESUMING
     if profile is not None:
-        _Search(bench, planner).walk(profile, cache.find() if planner.name in RESUMING else ())
+        _Search(bench, planner).walk(profile, cache.find() if goes_on else ())
     bench.time_again(at_last=True)
     bench.runner.builder.close()
     bench.runner.close()
-    Finish(
+    finish = Finish(
         store=bench.store,
         settings=bench.settings,
         workload=bench.workload,
         state=bench.state,
         beside=bench.beside,
-    ).walk()
-    cache.keep(bench.state.trials, bench.state.candidates or ())
+    )
+    candidates = finish.nominate()
+    if goes_on:
+        cache.keep(bench.state.trials, candidates)
+    finish.walk(candidates)
 
 
 def _say_what_is_provable(workload: WorkloadRecord, progress: Progress) -> None:
@@ -155,8 +158,6 @@ class _Search:
         bench = self.bench
         if self.state.candidates is not None:
             return
-        if earlier and not self._ours(0):
-            bench.progress.message("the plans that an earlier run ended with are tried first")
         proposals = Proposals(
             planner=self.planner,
             store=bench.store,
@@ -189,9 +190,10 @@ class _Search:
             bench.time_again()
             proposals.look_back(trial)
             no_better = f"no better plan in {PATIENCE} trials"
-            if not self._stalled(proposals.since or 0):
+            since = proposals.since or sum(t.is_earlier for t in self._ours(0))
+            if not self._stalled(since):
                 continue
-            if bench.plans_beside() in self._lately(proposals.since or 0):
+            if bench.plans_beside() in self._lately(since):
                 continue  # the best had been a lucky race
             if not proposals.hand_over(no_better):
                 bench.progress.message(no_better)

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from profiling_agent.earlier_plans import SHARE, EarlierPlan, is_earlier
+from profiling_agent.earlier_plans import SHARE, EarlierPlan
 from profiling_agent.planning.check import check_plan
+from profiling_agent.planning.decide import MAX_CANDIDATES
 from profiling_agent.planning.drops import expected_drop, fitted_slope
 from profiling_agent.planning.history import Pair, controls, feasible, search_drop
 from profiling_agent.planning.planner import Advised, Planner, Proposal
@@ -118,24 +119,30 @@ class Proposals:
         return True
 
     def _earlier_plan(self, number: int, profile: Profile) -> Proposal | None:
-        """The next plan of an earlier run, with today's estimates; as long as they are few among
-        all trials."""
-        if number > len(self.earlier):
+        """The next plan of an earlier run, with today's estimates: at the beginning, and as long as
+        they are few among all trials and can be carried out."""
+        if not self.earlier or any(not t.is_earlier for t in self._ours()):
             return None
         left, most = self.trials_left(), self.settings.budget.max_trials
         if left is not None:
             most = min(most, number - 1 + left)
-        if number > most // SHARE:
+        is_failing = any(trial.status == "failed" for trial in self._ours())
+        if is_failing or number > min(MAX_CANDIDATES, most // SHARE):
             return None
         trials, measured = self.state.trials, controls(self.state.trials)
         for each in self.earlier:
             pair = Pair(runtime=each.plan.runtime, scheme=each.plan.quantization.scheme)
             if pair in measured and not objection(each.plan, profile, trials, self.settings):
+                if number == 1:
+                    self.progress.message("the plans that an earlier run ended with come first")
                 return replace(estimate(each.plan, profile, trials), author=each.marked)
         return None
 
+    def _ours(self) -> list[Trial]:
+        return [trial for trial in self.state.trials if not trial.is_control]
+
     def _num_ours(self) -> int:
-        return sum(1 for trial in self.state.trials if not trial.is_control)
+        return len(self._ours())
 
     @property
     def _reserve(self) -> Planner | None:
@@ -179,7 +186,7 @@ class Proposals:
 
     def look_back(self, trial: Trial) -> None:
         """Say from where the search goes on after a model's plan that lost too much."""
-        if self._reserve is None or trial.author == "solver" or is_earlier(trial.author):
+        if self._reserve is None or trial.author == "solver" or trial.is_earlier:
             return
         best = feasible(self.state.trials, self.settings.budget)
         if trial.status == "failed" or trial.trial_id in {good.trial_id for good in best}:

@@ -18,6 +18,9 @@ VerdictKind = Literal["ACCEPT", "NO_GAIN", "INFEASIBLE"]
 
 EXIT_CODES: dict[VerdictKind, int] = {"ACCEPT": 0, "NO_GAIN": 10, "INFEASIBLE": 11}
 
+EARLIER = ", in an earlier run"
+"""Behind the name of a plan's author."""
+
 
 class Trial(Record):
     """``done`` trials have an evaluation, and a reason where that may be doubted (the machine was
@@ -32,7 +35,7 @@ class Trial(Record):
     plan: Plan
     author: str = Field(
         description="control, solver, llm, llm+solver, uniform, ..., or user; "
-        "with ', in an earlier run' where that run's plan was tried again"
+        f"with {EARLIER!r} where that run's plan was tried again"
     )
     is_control: bool = False
     status: TrialStatus
@@ -46,6 +49,11 @@ class Trial(Record):
     )
     seconds: float = 0.0
     isolation: Literal["process", "none"] = "process"
+
+    @property
+    def is_earlier(self) -> bool:
+        """Whether its plan is one that an earlier run ended with."""
+        return self.author.endswith(EARLIER)
 
     @property
     def on_search(self) -> Accuracy | None:

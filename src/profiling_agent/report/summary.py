@@ -146,7 +146,7 @@ def advice_in_words(record: RunRecord) -> tuple[str, ...]:
 def _asked(record: RunRecord) -> str:
     usage = record.llm
     if usage is None:
-        return "nothing: every trial was the solver's"
+        return "nothing"
     cost = "cost not known" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
     tokens = f"{usage.input_tokens:,} tokens in, {usage.output_tokens:,} out"
     return f"{usage.requests} times: {tokens}, {cost}, {usage.seconds:.1f} s"
