@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field
-
 from profiling_agent.acquisition.workload import Workload
 from profiling_agent.planning.decide import MAX_CANDIDATES
 from profiling_agent.profiling.profile_cache import identity
@@ -35,7 +33,7 @@ class EarlierPlan(Record):
     """A plan and who wrote it."""
 
     plan: Plan
-    author: str = Field(pattern=r"^[a-z+, ]{1,60}$")
+    author: str
 
     @property
     def marked(self) -> str:
@@ -44,7 +42,7 @@ class EarlierPlan(Record):
 
 
 class EarlierPlans(Record):
-    """As they are stored, the most promising first."""
+    """As they are stored, in the order in which they are tried."""
 
     plans: tuple[EarlierPlan, ...]
 
