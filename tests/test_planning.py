@@ -42,7 +42,7 @@ from profiling_agent.planning.estimate import (
     saving_scale,
     worth_trying,
 )
-from profiling_agent.planning.history import Pair, pair_of, pareto
+from profiling_agent.planning.history import Pair, feasible, holds, pair_of, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
 from profiling_agent.planning.solver import TIED, Solver, solve
 from profiling_agent.records.common import Budget, Interval, NotMeasured
@@ -916,6 +916,20 @@ def trial_at(name: str, relative: float, drop: float, width: float = 0.2, **fiel
 
 def ids(trials: Sequence[Trial], budget: Budget = BUDGET, num_test: int = 1000) -> list[str]:
     return [candidate.trial_id for candidate in nominate(trials, budget, num_test)]
+
+
+def test_a_plan_that_an_earlier_run_nominated_may_be_a_tenth_over() -> None:
+    """It was within the budget by other trials on the same samples; the test split decides."""
+    trials = [
+        control("c3", INT8, 0.5, 0.1),
+        trial_at("t1", 0.2, 0.52),
+        trial_at("t2", 0.25, 0.54).model_copy(update={"author": "solver, in an earlier run"}),
+        trial_at("t3", 0.24, 0.56).model_copy(update={"author": "solver, in an earlier run"}),
+        trial_at("t4", 0.4, 0.3),
+    ]
+    assert [trial.trial_id for trial in feasible(trials, BUDGET)] == ["t2", "t4", "c3"]
+    assert [each.trial_id for each in nominate(trials, BUDGET, 5000)] == ["t2", "t4"]
+    assert not holds(trials[2], None, BUDGET), "the search goes by what it believes itself"
 
 
 def test_the_fastest_and_two_with_room_to_spare_are_nominated() -> None:

@@ -57,14 +57,26 @@ def trial_value(trial: Trial, budget: Budget) -> float | None:
     return objective_value(trial.evaluation, budget) if trial.evaluation else None
 
 
-def within(drop: float | None, budget: Budget) -> bool:
-    return drop is not None and drop <= budget.max_drop * (1 + 1e-9)
+AGAIN = 1.1
+"""Of the budget, what a plan that an earlier run nominated may be expected to lose. That run
+expected less, by trials on the same samples; what runs believe differs by a tenth, and the test
+split decides."""
+
+
+def within(drop: float | None, limit: float) -> bool:
+    return drop is not None and drop <= limit * (1 + 1e-9)
 
 
 def holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
     """Whether its expected drop (``drops.py``) is within the budget, and its measured one not
     clearly over."""
-    return within(expected_drop(trial, slope), budget) and not is_clearly_over(trial, budget)
+    expected = expected_drop(trial, slope)
+    return within(expected, budget.max_drop) and not is_clearly_over(trial, budget)
+
+
+def most_expected(trial: Trial, budget: Budget) -> float:
+    """The expected drop up to which the trial may be handed over, if the test split agrees."""
+    return budget.max_drop * (AGAIN if trial.is_earlier else 1.0)
 
 
 def is_clearly_over(trial: Trial, budget: Budget) -> bool:
@@ -78,7 +90,8 @@ def is_clearly_over(trial: Trial, budget: Budget) -> bool:
 def feasible(
     trials: Sequence[Trial], budget: Budget, known: Sequence[Trial] | None = None
 ) -> list[Trial]:
-    """Done trials that hold and whose objective was measured, best first; ties keep their order.
+    """Done trials that hold, and earlier runs' that nearly do, whose objective was measured, best
+    first; ties keep their order.
 
     They are judged by all that is ``known`` of the model, which are the same trials by default.
     """
@@ -86,7 +99,9 @@ def feasible(
     good = [
         trial
         for trial in trials
-        if holds(trial, slope, budget) and trial_value(trial, budget) is not None
+        if within(expected_drop(trial, slope), most_expected(trial, budget))
+        and not is_clearly_over(trial, budget)
+        and trial_value(trial, budget) is not None
     ]
     return sorted(good, key=lambda trial: trial_value(trial, budget) or 0.0)
 
