@@ -105,6 +105,8 @@ def test_what_a_run_did_not_come_to_goes_before_what_it_found(tmp_path: Path) ->
     assert found() == [PLANS[1], PLANS[2], PLANS[3], PLANS[5]]
     cache(tmp_path).keep([TRIALS[5]], nominated("t5"))
     assert found() == [PLANS[1], PLANS[2], PLANS[3], PLANS[5]]
+    cache(tmp_path).keep([], [])  # a run that came to nothing
+    assert found() == [PLANS[1], PLANS[2], PLANS[3], PLANS[5]]
     cache(tmp_path).keep(TRIALS, [])  # all tried, and none was worth naming
     assert found() == []
 

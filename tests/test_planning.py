@@ -42,7 +42,7 @@ from profiling_agent.planning.estimate import (
     saving_scale,
     worth_trying,
 )
-from profiling_agent.planning.history import Pair, feasible, holds, pair_of, pareto
+from profiling_agent.planning.history import Pair, feasible, pair_of, pareto
 from profiling_agent.planning.planner import Planner, Proposal, find_planner
 from profiling_agent.planning.solver import TIED, Solver, solve
 from profiling_agent.records.common import Budget, Interval, NotMeasured
@@ -927,9 +927,14 @@ def test_a_plan_that_an_earlier_run_nominated_may_be_a_tenth_over() -> None:
         trial_at("t3", 0.24, 0.56).model_copy(update={"author": "solver, in an earlier run"}),
         trial_at("t4", 0.4, 0.3),
     ]
-    assert [trial.trial_id for trial in feasible(trials, BUDGET)] == ["t2", "t4", "c3"]
     assert [each.trial_id for each in nominate(trials, BUDGET, 5000)] == ["t2", "t4"]
-    assert not holds(trials[2], None, BUDGET), "the search goes by what it believes itself"
+    believed = [trial.trial_id for trial in feasible(trials, BUDGET)]
+    assert believed == ["t4", "c3"], "the search goes by what it believes itself"
+    more = [*trials, trial_at("t5", 0.3, 0.48), trial_at("t6", 0.45, 0.1)]
+    assert [each.trial_id for each in nominate(more, BUDGET, 5000)] == ["t2", "t5", "t4"]
+    slower = [*more, trial_at("t7", 0.22, 0.45)]
+    named = [each.trial_id for each in nominate(slower, BUDGET, 5000)]
+    assert named == ["t7", "t4", "t6"], "one that holds and is faster needs no such risk"
 
 
 def test_the_fastest_and_two_with_room_to_spare_are_nominated() -> None:

@@ -332,6 +332,11 @@ def test_a_place_is_the_mean_of_two_races_or_the_median_of_three() -> None:
     assert places(pooled(own, [same])) == pytest.approx([1.0, 2.0, (2.05 * 2.0) ** 0.5])
     lucky = [raced("c1", 1.0, 4.0), raced("t1", 1.0, 8.0), raced("t2", 1.0, 10.0)]
     assert places(pooled(own, [lucky, same])) == pytest.approx([1.0, 2.0, 2.05])
+    # a race of the lucky ones only says nothing of who was not in it, but for the scale
+    four = [raced("c1", 1.0, 4.0), *(raced(f"t{n}", 1.0, 8.0) for n in range(1, 6))]
+    less = [raced("c1", 1.0, 4.0), raced("t1", 1.0, 7.6), raced("t2", 1.0, 7.6)]
+    whole = [*less, *(raced(f"t{n}", 1.0, 8.0) for n in range(3, 6))]
+    assert places(pooled(four, [whole, less, less])) == pytest.approx([1, 1.9, 1.9, 2, 2, 2])
     left_out = raced("t3", 1.0, 7.9)
     assert pooled([*own, left_out], [same])[-1] == left_out
     assert pooled(own, []) == pooled(own, [[]]) == own

@@ -28,8 +28,8 @@ FEWEST, MOST, SHARE = 3, 8, 0.07
 OPENING_S = 8.0
 """For starting the processes of a race."""
 CLOSE, RACES = 4, 3
-"""The fastest so many plans of a race are raced again, with new processes, up to so many races in
-all: with every start a process has another luck with memory and cores, of 2 % and more."""
+"""After the race of the leaders the fastest so many plans are raced again, with new processes, up
+to so many races in all: with every start a process has another luck, of 2 % and more."""
 
 
 def _most(call_s: float, time_budget_s: float) -> int:
@@ -90,26 +90,30 @@ class Beside:
         races = [self.race_plans(self.leaders(trials, num_test), trials)]
         while races[-1] and len(races) < RACES and has_time(_seconds(self.call_s, CLOSE)):
             close = self.leaders(pooled(trials, races), num_test)[:CLOSE]
-            races.append(self.race_plans([known[trial.trial_id] for trial in close], trials))
+            plans = [known[trial.trial_id] for trial in close]
+            races.append(self.race_plans(plans, trials, is_only_one=False))
         return pooled(trials, races)
 
-    def race_plans(self, plans: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
+    def race_plans(
+        self, plans: Sequence[Trial], trials: Sequence[Trial], *, is_only_one: bool = True
+    ) -> list[Trial]:
         """Two plans or more and the best control of the trials, as ``race``."""
         if len(plans) < 2:
             return []
         control = best_control(trials, self.budget)
         racers = plans if control is None else [control, *plans]
-        return self.race(racers, f"the {len(plans)} fastest plans")
+        return self.race(racers, f"the {len(plans)} fastest plans", is_only_one=is_only_one)
 
-    def race(self, racers: Sequence[Trial], what: str) -> list[Trial]:
-        """The trials with times from one race; none, with a warning, if it fails."""
+    def race(self, racers: Sequence[Trial], what: str, *, is_only_one: bool = True) -> list[Trial]:
+        """The trials with times from one race; none, with a warning, if it fails. While the machine
+        is busy it is run again, unless it is one of several."""
         self.progress.stage("timing", f"{what} beside each other")
         race_s, ends = _seconds(self.call_s, len(racers)), now() + self.seconds(len(racers))
 
         def has_time() -> bool:
             """For another, and the final race within the time budget."""
             left = self.budget.time_s - self.store.journal.clock()
-            return now() + race_s < ends and 2 * race_s < left
+            return is_only_one and now() + race_s < ends and 2 * race_s < left
 
         try:
             with quiet(self.progress):
@@ -122,17 +126,22 @@ class Beside:
 
 
 def pooled(trials: Sequence[Trial], races: Sequence[Sequence[Trial]]) -> list[Trial]:
-    """All trials, with the median of an artefact's times in its own race and in these: of two, the
-    geometric mean.
+    """All trials, with the median of an artefact's times in its own race and in these: of an even
+    number, the geometric mean of the two in the middle.
 
-    A race may be slower or faster for all, or the original was: what counts is the place in it.
+    A race may be slower or faster for all, or the original was: what counts is the place in it. The
+    first race is of most; the others are put on its scale by those who ran in both.
     """
     places: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
     for again in races:
         ratios = _ratios(trials, again)
+        both = [trial_id for trial_id in ratios if trial_id in first]
+        usual = median(first[trial_id] for trial_id in both) if both else 1.0
+        scale = median(ratios[trial_id] for trial_id in both or ratios) if ratios else 1.0
         for trial_id, ratio in ratios.items():
-            place = ratio / median(ratios.values())
-            places.setdefault(trial_id, [1.0]).append(place)
+            places.setdefault(trial_id, [1.0]).append(usual * ratio / scale)
+        first = first or {trial_id: ratio / scale for trial_id, ratio in ratios.items()}
     factors = {
         trial_id: math.exp(median(math.log(place) for place in found))
         for trial_id, found in places.items()

@@ -25,6 +25,8 @@ from profiling_agent.records.trial import EARLIER, Candidate, RunSettings, Trial
 
 MOST_KEPT = 256
 """Files in the folder; the oldest go."""
+MOST_PLANS = 2 * MAX_CANDIDATES
+"""In a file."""
 SHARE = 3
 """One of so many trials, at most, tries an earlier run's plan."""
 
@@ -65,8 +67,9 @@ class PlanCache:
         tried = {trial.plan.plan_id for trial in trials}
         by_id = {trial.trial_id: trial for trial in trials}
         nominated = [by_id[candidate.trial_id] for candidate in candidates]
-        left = [each for each in self.find() if each.plan.plan_id not in tried][:MAX_CANDIDATES]
         ours = [EarlierPlan(plan=trial.plan, author=trial.author) for trial in nominated]
+        left = [each for each in self.find() if each.plan.plan_id not in tried]
+        left = left[: MOST_PLANS - len(ours)]
         keep(self._path, EarlierPlans(plans=(*left, *ours)), MOST_KEPT)
 
     @cached_property

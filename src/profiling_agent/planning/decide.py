@@ -10,7 +10,6 @@ from statistics import NormalDist
 from profiling_agent.planning.drops import expected_drops
 from profiling_agent.planning.history import (
     feasible,
-    most_expected,
     pareto,
     search_drop,
     trial_value,
@@ -22,6 +21,9 @@ from profiling_agent.records.trial import Candidate, Trial, Verdict
 SHARES = (1.0, 2 / 3, 1 / 3)
 """Of the budget, that the candidates are expected to lose at most, one after the other."""
 MAX_CANDIDATES = len(SHARES)
+AGAIN = 1.1
+"""Of the budget, what a plan that an earlier run nominated may be expected to lose to be nominated
+again: what two runs expect of it differs by a tenth, and the test split decides."""
 ROUNDING = 1 + 1e-9
 
 
@@ -35,13 +37,13 @@ def ranked_controls(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
 
 
 def contenders(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Trial]:
-    """The plans that could be handed over: expected to be within the budget and better than the
-    best control, best objective first."""
+    """The plans that could be handed over: expected to be within the budget, or an earlier run's
+    and nearly so, and better than the best control, best objective first."""
     control = best_control(trials, budget)
     bar = trial_value(control, budget) if control else None
     ours = [
         trial
-        for trial in feasible(trials, budget)
+        for trial in feasible(trials, budget, earlier=AGAIN)
         if not trial.is_control and (bar is None or (trial_value(trial, budget) or 0.0) < bar)
     ]
     if budget.evidence == "proven":
@@ -57,19 +59,22 @@ def contenders(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[T
 def nominate(trials: Sequence[Trial], budget: Budget, num_test: int) -> list[Candidate]:
     """At most three trials for the test split, best objective first.
 
-    The best one expected to be within the budget, an earlier run's with a tenth more; and, since
-    what the search samples say of all is not sure, the best with a third and with two thirds of it
-    to spare. Places that are left go to others that beat the control, first those that no other
-    beats in both objective and drop, then those expected to lose least. With evidence ``proven``
-    only trials whose bound on the test split would be within the budget.
+    The best one expected to be within the budget; and, since what the search samples say of all is
+    not sure, the best with a third and with two thirds of it to spare. Before these an earlier
+    run's plan that is better and nearly within the budget, in place of the last. Places that are
+    left go to others that beat the control, first those that no other beats in both objective and
+    drop, then those expected to lose least. With evidence ``proven`` only trials whose bound on the
+    test split would be within the budget.
     """
     ours = contenders(trials, budget, num_test)
     drops = expected_drops(trials, budget)
     chosen: dict[str, Trial] = {}
+    if ours and drops[ours[0].trial_id] > budget.max_drop * ROUNDING:
+        chosen[ours[0].trial_id] = ours[0]
     for share in SHARES:
-        limits = {t.trial_id: share * most_expected(t, budget) * ROUNDING for t in ours}
-        first = next((t for t in ours if drops[t.trial_id] <= limits[t.trial_id]), None)
-        if first is not None:
+        limit = share * budget.max_drop * ROUNDING
+        first = next((t for t in ours if drops[t.trial_id] <= limit), None)
+        if first is not None and len(chosen) < MAX_CANDIDATES:
             chosen.setdefault(first.trial_id, first)
     spare = sorted(ours, key=lambda trial: drops[trial.trial_id])
     for trial in (*pareto(ours, budget), *spare):

@@ -57,12 +57,6 @@ def trial_value(trial: Trial, budget: Budget) -> float | None:
     return objective_value(trial.evaluation, budget) if trial.evaluation else None
 
 
-AGAIN = 1.1
-"""Of the budget, what a plan that an earlier run nominated may be expected to lose. That run
-expected less, by trials on the same samples; what runs believe differs by a tenth, and the test
-split decides."""
-
-
 def within(drop: float | None, limit: float) -> bool:
     return drop is not None and drop <= limit * (1 + 1e-9)
 
@@ -74,11 +68,6 @@ def holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
     return within(expected, budget.max_drop) and not is_clearly_over(trial, budget)
 
 
-def most_expected(trial: Trial, budget: Budget) -> float:
-    """The expected drop up to which the trial may be handed over, if the test split agrees."""
-    return budget.max_drop * (AGAIN if trial.is_earlier else 1.0)
-
-
 def is_clearly_over(trial: Trial, budget: Budget) -> bool:
     """Over the budget on search, even by the lower end of the drop's interval; or not measured."""
     accuracy = trial.on_search
@@ -88,10 +77,14 @@ def is_clearly_over(trial: Trial, budget: Budget) -> bool:
 
 
 def feasible(
-    trials: Sequence[Trial], budget: Budget, known: Sequence[Trial] | None = None
+    trials: Sequence[Trial],
+    budget: Budget,
+    known: Sequence[Trial] | None = None,
+    *,
+    earlier: float = 1.0,
 ) -> list[Trial]:
-    """Done trials that hold, and earlier runs' that nearly do, whose objective was measured, best
-    first; ties keep their order.
+    """Done trials that hold and whose objective was measured, best first; ties keep their order.
+    Plans of earlier runs may be expected to lose ``earlier`` of the budget.
 
     They are judged by all that is ``known`` of the model, which are the same trials by default.
     """
@@ -99,7 +92,9 @@ def feasible(
     good = [
         trial
         for trial in trials
-        if within(expected_drop(trial, slope), most_expected(trial, budget))
+        if within(
+            expected_drop(trial, slope), budget.max_drop * (earlier if trial.is_earlier else 1.0)
+        )
         and not is_clearly_over(trial, budget)
         and trial_value(trial, budget) is not None
     ]
