@@ -149,7 +149,7 @@ def test_only_the_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mo
     )
     folder = tmp_path / "c1"
     trial = runner.run(
-        "c1", Plan(runtime="torch"), "control", folder, is_control=True, protocol=SHORT
+        "c1", Plan(runtime="onnxruntime"), "control", folder, is_control=True, protocol=SHORT
     )
     assert trial.status == "done", trial.reason
     assert "the machine was busy" in trial.reason
@@ -176,7 +176,9 @@ def test_only_the_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert trial.evaluation.reference_ms is None
     runner.watch([trial], lambda _: folder)
     with contextlib.closing(runner):
-        plan = runner.run("t1", Plan(runtime="torch"), "solver", tmp_path / "t1", protocol=SHORT)
+        plan = runner.run(
+            "t1", Plan(runtime="onnxruntime"), "solver", tmp_path / "t1", protocol=SHORT
+        )
         assert plan.evaluation is not None and plan.evaluation.reference_ms is not None
         assert plan.evaluation.timing is not None
         assert 0.2 < plan.evaluation.reference_ms / plan.evaluation.timing.median_ms < 5.0
@@ -189,11 +191,15 @@ def test_only_the_times_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mo
         assert relative_latency(same) == pytest.approx(known)  # its own reference
         for opened in runner.beside().values():
             opened.close()
-        plan = runner.run("t3", Plan(runtime="torch"), "solver", tmp_path / "t3", protocol=SHORT)
+        plan = runner.run(
+            "t3", Plan(runtime="onnxruntime"), "solver", tmp_path / "t3", protocol=SHORT
+        )
         assert plan.evaluation is not None and plan.evaluation.reference == "c1"  # opened again
         assert runner.beside("c1") == {}
         monkeypatch.setattr(runner, "beside", lambda *names: {"c1": Dying()})
-        plan = runner.run("t4", Plan(runtime="torch"), "solver", tmp_path / "t4", protocol=SHORT)
+        plan = runner.run(
+            "t4", Plan(runtime="onnxruntime"), "solver", tmp_path / "t4", protocol=SHORT
+        )
         assert plan.status == "done", plan.reason
         assert plan.evaluation is not None and plan.evaluation.reference is None
         monkeypatch.undo()

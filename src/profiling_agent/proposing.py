@@ -62,7 +62,7 @@ class Proposals:
     def __post_init__(self) -> None:
         if isinstance(self.planner, Advised):
             self.planner.recall(self.state.trials, self.state.guards)
-        self._earlier = Counter(self.state.guards)
+        self._journalled = Counter(self.state.guards)
         self._since = next(
             (_number(guard) - 1 for guard in self.state.guards if guard.action == "handover"), None
         )
@@ -177,8 +177,8 @@ class Proposals:
 
     def _guard(self, guard: Guard) -> None:
         """Journal it, unless an earlier process did: a continued run may get an answer again."""
-        if self._earlier[guard]:
-            self._earlier[guard] -= 1
+        if self._journalled[guard]:
+            self._journalled[guard] -= 1
             return
         self.state.guards.append(guard)
         self.store.journal.append("guard", guard)
