@@ -42,7 +42,7 @@ from profiling_agent.workbench import Workbench
 
 PATIENCE = 12
 """Trials without a better feasible plan after which the search stops."""
-RESUMING = ("solver", "llm", "hybrid")
+STARTING_WARM = ("solver", "llm", "hybrid")
 """Planners that go on from the plans of earlier runs; the others are there to be compared with."""
 LLM_SHARE = 0.25
 """Of the time budget, for waiting for a language model's answers."""
@@ -120,9 +120,9 @@ def _walk(bench: Workbench, planner: Planner) -> None:
         machine=bench.machine,
         settings=bench.settings,
     )
-    goes_on = planner.name in RESUMING
+    starts_warm = planner.name in STARTING_WARM
     if profile is not None:
-        _Search(bench, planner).walk(profile, cache.find() if goes_on else ())
+        _Search(bench, planner).walk(profile, cache.find() if starts_warm else ())
     bench.time_again(at_last=True)
     bench.runner.builder.close()
     bench.runner.close()
@@ -134,7 +134,7 @@ def _walk(bench: Workbench, planner: Planner) -> None:
         beside=bench.beside,
     )
     candidates = finish.nominate()
-    if goes_on:
+    if starts_warm:
         cache.keep(bench.state.trials, candidates)
     finish.walk(candidates)
 

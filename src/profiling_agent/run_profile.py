@@ -41,8 +41,8 @@ def take_profile(bench: Workbench) -> Profile | None:
     """The profile of the workload on a bench that is set up; journalled, and kept for later runs.
 
     One of an earlier run brings the places of the controls with it. ``None`` for want of time or
-    because the model can't be profiled: the warnings say why, and the
-    controls are all there is to choose from.
+    because the model can't be profiled: the warnings say why, and the controls are all there is to
+    choose from.
     """
     store, state = bench.store, bench.state
     if store.profile.exists() and state.profile_path is not None:
@@ -149,10 +149,8 @@ def _seconds(bench: Workbench) -> float:
 def _operators(bench: Workbench, known: Sequence[DeployedProfile]) -> tuple[DeployedProfile, ...]:
     """Operator times of the int8 controls and their float counterparts, the fastest first, and
     those that are known."""
-    clock, by_pair = (
-        bench.store.journal.clock,
-        {measured_pair(deployed): deployed for deployed in known},
-    )
+    clock = bench.store.journal.clock
+    by_pair = {measured_pair(deployed): deployed for deployed in known}
     ends = clock() + min(DEPLOYED_SHARE * bench.budget.time_s, bench.left - bench.reserve())
 
     def profile(trial: Trial) -> DeployedProfile | None:

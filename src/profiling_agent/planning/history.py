@@ -57,15 +57,13 @@ def trial_value(trial: Trial, budget: Budget) -> float | None:
     return objective_value(trial.evaluation, budget) if trial.evaluation else None
 
 
-def within(drop: float | None, limit: float) -> bool:
-    return drop is not None and drop <= limit * (1 + 1e-9)
-
-
-def holds(trial: Trial, slope: Slope | None, budget: Budget) -> bool:
-    """Whether its expected drop (``drops.py``) is within the budget, and its measured one not
-    clearly over."""
+def holds(trial: Trial, slope: Slope | None, budget: Budget, share: float = 1.0) -> bool:
+    """Whether its expected drop (``drops.py``) is within that share of the budget, and its measured
+    one not clearly over the budget."""
     expected = expected_drop(trial, slope)
-    return within(expected, budget.max_drop) and not is_clearly_over(trial, budget)
+    if expected is None or is_clearly_over(trial, budget):
+        return False
+    return expected <= share * budget.max_drop * (1 + 1e-9)
 
 
 def is_clearly_over(trial: Trial, budget: Budget) -> bool:
@@ -92,10 +90,7 @@ def feasible(
     good = [
         trial
         for trial in trials
-        if within(
-            expected_drop(trial, slope), budget.max_drop * (earlier if trial.is_earlier else 1.0)
-        )
-        and not is_clearly_over(trial, budget)
+        if holds(trial, slope, budget, earlier if trial.is_earlier else 1.0)
         and trial_value(trial, budget) is not None
     ]
     return sorted(good, key=lambda trial: trial_value(trial, budget) or 0.0)
