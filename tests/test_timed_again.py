@@ -354,32 +354,33 @@ def places(trials: Sequence[Trial]) -> list[float]:
     return [took[0] / each for each in took]
 
 
+def bench_of(runner: Any, folder: Path, time_s: float) -> Workbench:
+    """With three controls behind it, the last of them the fastest."""
+    split = SimpleNamespace(num_samples=500)
+    controls = [
+        make_control(f"c{n}", "openvino", scheme, evaluation=of(speedup))
+        for n, (scheme, speedup) in enumerate(
+            [("int8-static", 4.5), ("fp32", 1.9), ("int8-static-bf16", 4.9)], start=1
+        )
+    ]
+    settings = RunSettings(budget=Budget(max_drop=0.5, time_s=time_s), deployment=Deployment())
+    made = Workbench(
+        store=RunStore(folder),
+        settings=settings,
+        workload=SimpleNamespace(record=SimpleNamespace(split=lambda _: split)),  # pyright: ignore
+        judge=runner.judge,
+        state=RunState(trials=controls, baseline=make_evaluation()),
+        progress=SilentProgress(),
+        is_live=False,
+        stack=contextlib.ExitStack(),
+    )
+    made.store.create()
+    made.runner = runner
+    return made
+
+
 def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -> None:
     """Plans start from them, so their order must not be that of the original's noise."""
-
-    def bench_of(runner: Racing, folder: Path, time_s: float) -> Workbench:
-        split = SimpleNamespace(num_samples=500)
-        controls = [
-            make_control(f"c{n}", "openvino", scheme, evaluation=of(speedup))
-            for n, (scheme, speedup) in enumerate(
-                [("int8-static", 4.5), ("fp32", 1.9), ("int8-static-bf16", 4.9)], start=1
-            )
-        ]
-        settings = RunSettings(budget=Budget(max_drop=0.5, time_s=time_s), deployment=Deployment())
-        made = Workbench(
-            store=RunStore(folder),
-            settings=settings,
-            workload=SimpleNamespace(record=SimpleNamespace(split=lambda _: split)),  # pyright: ignore
-            judge=runner.judge,  # pyright: ignore[reportArgumentType]
-            state=RunState(trials=controls, baseline=make_evaluation()),
-            progress=SilentProgress(),
-            is_live=False,
-            stack=contextlib.ExitStack(),
-        )
-        made.store.create()
-        made.runner = runner  # pyright: ignore[reportAttributeAccessIssue]
-        return made
-
     runner = Racing({"c1": 5.2, "c2": 2.0, "c3": 4.8})
     bench = bench_of(runner, tmp_path / "long", 600.0)
     for _ in range(2):
@@ -409,6 +410,38 @@ def test_the_fastest_controls_are_timed_beside_each_other_once(tmp_path: Path) -
     bench.state.trials.append(raced("t3", 1.0, 6.5))
     plans.times = {"c1": 4.0, "t1": 5.2, "t2": 6.1, "t3": 6.4}
     assert bench.plans_beside() == "t3" and set(plans.raced) == {"c1", "t1", "t2", "t3"}
+
+
+class Quiet:
+    """A runner that times trials again, while the machine is quiet."""
+
+    judge, is_busy = None, False
+
+    def __init__(self) -> None:
+        self.timed = list[str]()
+
+    def time_again(self, trial: Trial, *_: Any) -> Trial:
+        self.timed.append(trial.trial_id)
+        return trial
+
+
+def test_controls_far_behind_are_not_timed_again_before_the_search_is_over(tmp_path: Path) -> None:
+    runner = Quiet()
+    bench = bench_of(runner, tmp_path, 600.0)
+    close, slow, fastest = bench.state.trials
+    bench.state.trials = [in_race_of(close, 2.0), in_race_of(slow, 2.0), in_race_of(fastest, 1.0)]
+    bench.time_again()
+    assert runner.timed == ["c1"]
+    bench.time_again(at_last=True)
+    assert runner.timed == ["c1", "c1", "c2"]
+
+
+def in_race_of(trial: Trial, original_ms: float) -> Trial:
+    """In its race the original took so long."""
+    relative = relative_latency(trial)
+    assert trial.evaluation is not None and relative is not None
+    update = {"timing": make_timing(original_ms * relative)}
+    return trial.model_copy(update={"evaluation": trial.evaluation.model_copy(update=update)})
 
 
 SCHEMES = ("int8-static", "int8-static-bf16", "fp32", "bf16")

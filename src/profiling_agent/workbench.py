@@ -30,6 +30,7 @@ from profiling_agent.machine.clock import load_average, now
 from profiling_agent.machine.processor import describe_machine
 from profiling_agent.off_the_shelf import control_plans
 from profiling_agent.planning.history import (
+    controls,
     is_clearly_over,
     pareto,
     relative_latency,
@@ -61,6 +62,9 @@ LOOKS, LOOK_S = 3, 0.1
 the model's first forwards slow. One is enough for a model that takes longer than that."""
 MOST_AGAIN = 2
 """Times that a trial is raced once more because the machine was busy."""
+FAR_BEHIND = 2.0
+"""A control that takes so many times as long as the fastest one is not raced once more before the
+search is over: no plan starts from it, and a busy machine alone doesn't slow one so much more."""
 
 
 class Workbench:
@@ -391,7 +395,10 @@ class Workbench:
         """
         if self.state.candidates is not None or (self.runner.is_busy and not at_last):
             return
+        far_behind = () if at_last else self._far_behind()
         for trial in timed_while_busy(self.state.trials):
+            if trial.trial_id in far_behind:
+                continue
             if self._times_again[trial.trial_id] >= MOST_AGAIN or self.left < self.reserve():
                 continue
             self._times_again[trial.trial_id] += 1
@@ -406,6 +413,12 @@ class Workbench:
             if trial.evaluation is not None and trial.evaluation.is_relative_kept:
                 again = with_latency(again, trial.evaluation.relative)
             self._keep(again)
+
+    def _far_behind(self) -> set[str]:
+        """The ids of controls far slower than the fastest one."""
+        trials = controls(self.state.trials).values()
+        took = {t.trial_id: s for t in trials if (s := relative_latency(t)) is not None}
+        return {name for name, s in took.items() if s > FAR_BEHIND * min(took.values())}
 
     def _drop_dominated(self) -> None:
         """Free the disk of artefacts that can't be handed over any more."""
