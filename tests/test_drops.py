@@ -343,6 +343,15 @@ def searched(
     return history, drops
 
 
+def test_what_a_cut_diverges_is_told_by_the_units_that_it_removes() -> None:
+    profile = fine_profile()  # 64 units, measured at eighths
+    eighth, quarter = (predict_kl(profile, pruning(ratio)) for ratio in (1 / 8, 1 / 4))
+    assert predict_kl(profile, pruning(0.015)) == 0.0 < eighth
+    assert predict_kl(profile, pruning(0.139)) == eighth, "eight units too"
+    between = predict_kl(profile, pruning(12 / 64))
+    assert between == pytest.approx((eighth + quarter) / 2)
+
+
 class TestWhereTheNextPlanIs:
     @pytest.mark.parametrize("beyond", [0.5, 1.0, 3.0, 8.0])
     def test_the_search_soon_comes_to_where_the_budget_lies(self, beyond: float) -> None:
@@ -381,6 +390,35 @@ class TestWhereTheNextPlanIs:
         assert slope is not None and high is not None and allowance is not None
         assert allowance == pytest.approx(slope.divergence_at(AIM * 0.5) / 90)
         assert allowance < high / 50
+
+    def test_sums_that_say_ever_less_are_followed_back_by_the_square(self) -> None:
+        """Until a plan holds: plans of ResNet-56 diverged 9, 16 and 68 times their sums."""
+        profile = fine_profile()
+        far, near = pruning(0.75), pruning(0.5)
+        least = predict_kl(profile, near)
+
+        def placed(*ratios: float, more: Sequence[Trial] = ()) -> tuple[float, float]:
+            """Where the next plan is, and where the plain ratio of the last would have it."""
+            plans = ((far, 9.0), (near, 3.0))
+            history = [control(FP32, 0.8)] + [
+                judged(f"t{n}", plan, 0.6, drop, ratio * predict_kl(profile, plan))
+                for n, ((plan, drop), ratio) in enumerate(zip(plans, ratios, strict=True), start=1)
+            ]
+            history += more
+            slope = fitted_slope(history, BUDGET)
+            allowance, _ = next_allowance(profile, history, BUDGET, FP32)
+            assert slope is not None and allowance is not None
+            return allowance, slope.divergence_at(AIM * 0.5) / ratios[-1]
+
+        allowance, plain = placed(10.0, 16.0)
+        assert allowance == pytest.approx(plain * max(plain / least, 1 / 4))
+        mild = pruning(0.375)
+        held = judged("t3", mild, 0.7, 0.1, 5 * predict_kl(profile, mild))
+        assert placed(10.0, 16.0, more=[held])[0] > 2 * allowance
+        falling, plain = placed(20.0, 16.0)
+        assert falling > 0.8 * plain, "the smaller sum said more"
+        close, plain = placed(2.0, 3.0)
+        assert close > 0.8 * plain, "sums that are nearly right"
 
     def test_another_runtime_starts_where_the_first_has_led(self) -> None:
         """Plans diverge four times their sums in one; the other's first is placed by that."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from profiling_agent.planning.drops import (
     KL_PER_POINT,
@@ -49,6 +50,10 @@ COLLAPSED = 1 / 8
 """Of the cuts of a plan that collapsed: what is tried next."""
 MOST_BEYOND = 200.0
 """How far the divergence of a whole plan may lie from the sum of its parts, to be believed."""
+FAR_BEYOND, FAR_BACK = 4.0, 1 / 4
+"""Where plans lost too much, and diverged so many times as much as the sum of their cuts, the more
+the smaller that sum, the next goes back by the square of what was too much; beyond what the plain
+ratio says no farther than by that factor."""
 
 
 def next_allowance(
@@ -63,6 +68,8 @@ def next_allowance(
         allowance = _bounded(aimed, most, held, high, first=first)
         collapsed = _below_collapse(profile, history, pair, held)
         allowance = allowance if collapsed is None else min(allowance, collapsed)
+        back = _far_back(profile, history, budget, pair)
+        allowance = allowance if back is None else min(allowance, back)
         elsewhere = _below_what_failed_elsewhere(profile, history, budget, pair)
         return allowance if elsewhere is None else min(allowance, elsewhere), high
     shrink = _shrink(profile, history, budget, pair, high)
@@ -96,8 +103,12 @@ def _fitted_allowance(
     predicted = predict_kl(profile, control.plan)
     if predicted > 0.0 and (apart >= wanted or needs_rescue(pair, history, budget)):
         return wanted / _over_predicted(profile, history, pair)  # layers have to stay float
-    room = max(wanted - apart, LEAST_ROOM * wanted)
-    return predicted + room / _beyond_sums(profile, history, budget, pair)
+    return predicted + _room(wanted, apart) / _beyond_sums(profile, history, budget, pair)
+
+
+def _room(wanted: float, apart: float) -> float:
+    """Of a divergence for cuts, where quantizing alone takes so much."""
+    return max(wanted - apart, LEAST_ROOM * wanted)
 
 
 def _over_predicted(profile: Profile, history: Sequence[Trial], pair: Pair) -> float:
@@ -112,15 +123,22 @@ def _over_predicted(profile: Profile, history: Sequence[Trial], pair: Pair) -> f
     return max(sum(known) / len(known), 1e-6) if known else 1.0
 
 
-def _beyond_sums(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair) -> float:
-    """What pruning plans diverged over the sum of their groups; 1 before there are any.
+@dataclass(frozen=True, kw_only=True)
+class _Beyond:
+    """What the cuts of a plan were predicted to diverge one by one, and did together."""
 
-    Of this pair's trials or of all, whichever is more; of this pair's once enough of them hold.
-    Cuts made together cost more than one by one.
-    """
-    known, slope = controls(history), fitted_slope(history, budget)
-    ratios: dict[Pair, list[float]] = {}
-    num_held = 0
+    trial: Trial
+    alone: float
+    together: float
+
+    @property
+    def ratio(self) -> float:
+        return self.together / self.alone
+
+
+def _beyond(profile: Profile, history: Sequence[Trial]) -> Iterator[_Beyond]:
+    """Of every plan that prunes and recorded how far it diverged, as its control did."""
+    known = controls(history)
     for trial in history:
         control, alone = known.get(pair_of(trial)), _pruning_kl(profile, trial.plan)
         base, apart = divergence(control) if control else None, divergence(trial)
@@ -129,11 +147,42 @@ def _beyond_sums(profile: Profile, history: Sequence[Trial], budget: Budget, pai
         whole = predict_kl(profile, control.plan)
         if whole > 0.0:  # of its quantization the layers that the plan leaves in int8
             base *= (predict_kl(profile, trial.plan) - alone) / whole
-        # relative errors are alike, so each trial's ratio counts the same
-        ratios.setdefault(pair_of(trial), []).append(max(0.0, apart - base) / alone)
-        num_held += pair_of(trial) == pair and holds(trial, slope, budget)
-    own = ratios.get(pair, [])
-    everywhere = [ratio for each in ratios.values() for ratio in each]
+        yield _Beyond(trial=trial, alone=alone, together=max(0.0, apart - base))
+
+
+def _far_back(
+    profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair
+) -> float | None:
+    """The most that is tried while all plans of the pair lost too much, and their sums said the
+    less of what the cuts do together the smaller they were; ``None`` where that is not so."""
+    slope, control = fitted_slope(history, budget), controls(history).get(pair)
+    apart = divergence(control) if control else None
+    own = [each for each in _beyond(profile, history) if pair_of(each.trial) == pair]
+    if slope is None or control is None or apart is None or len(own) < 2:
+        return None
+    least = min(own, key=lambda each: each.alone)
+    room = _room(slope.divergence_at(AIM * budget.max_drop), apart)
+    if least.ratio < max(FAR_BEYOND, *(each.ratio for each in own)) or least.together <= room:
+        return None
+    if any(holds(each.trial, slope, budget) for each in own):
+        return None
+    back = room / least.together
+    return predict_kl(profile, control.plan) + least.alone * back * max(back, FAR_BACK)
+
+
+def _beyond_sums(profile: Profile, history: Sequence[Trial], budget: Budget, pair: Pair) -> float:
+    """What pruning plans diverged over the sum of their groups; 1 before there are any.
+
+    Of this pair's trials or of all, whichever is more; of this pair's once enough of them hold.
+    Cuts made together cost more than one by one.
+    """
+    slope, known = fitted_slope(history, budget), list(_beyond(profile, history))
+    # relative errors are alike, so each trial's ratio counts the same
+    own = [each.ratio for each in known if pair_of(each.trial) == pair]
+    num_held = sum(
+        pair_of(each.trial) == pair and holds(each.trial, slope, budget) for each in known
+    )
+    everywhere = [each.ratio for each in known]
     asked = (own,) if num_held >= OWN else (own, everywhere)
     means = [sum(each) / len(each) for each in asked if each]
     return min(MOST_BEYOND, max(1 / MOST_BEYOND, max(means, default=1.0)))

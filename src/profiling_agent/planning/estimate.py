@@ -283,12 +283,21 @@ def predict_kl(profile: Profile, plan: Plan) -> float:
 
 
 def kl_at(group: GroupCost, ratio: float) -> float:
-    """Divergence of one group at a ratio, between those measured; squared beyond them."""
-    points = [(0.0, 0.0), *sorted((p.ratio, p.kl) for p in group.sensitivity)]
+    """Divergence of one group by how many units a ratio removes, between those measured; squared
+    beyond them. A ratio too small to remove any costs nothing."""
+    points = sorted(
+        ({_removed(group, p.ratio): p.kl for p in group.sensitivity} | {0: 0.0}).items()
+    )
+    removed = _removed(group, ratio)
     for (low, low_kl), (high, high_kl) in pairwise(points):
-        if ratio <= high:
-            return low_kl + (high_kl - low_kl) * (ratio - low) / (high - low)
-    return points[-1][1] * (ratio / points[-1][0]) ** 2 if points[-1][0] else 0.0
+        if removed <= high:
+            return low_kl + (high_kl - low_kl) * (removed - low) / (high - low)
+    return points[-1][1] * (removed / points[-1][0]) ** 2 if points[-1][0] else 0.0
+
+
+def _removed(group: GroupCost, ratio: float) -> int:
+    """So many units."""
+    return group.width - units_kept(group.width, ratio)
 
 
 def predict_saved_share(profile: Profile, plan: Plan) -> float:

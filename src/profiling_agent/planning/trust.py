@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from profiling_agent.planning.allowance import SEARCH_ENDED, allowance_bracket, next_allowance
 from profiling_agent.planning.estimate import predict_kl
-from profiling_agent.planning.history import Pair
+from profiling_agent.planning.history import Pair, pair_of
 from profiling_agent.records.common import Budget
 from profiling_agent.records.patterns import assign, units_kept
 from profiling_agent.records.plan import Plan
 from profiling_agent.records.profile import Profile
 from profiling_agent.records.trial import Trial
 
+NEAR_COLLAPSE = 1 / 4
+"""Of the divergence of a plan that collapsed: from there on others are not trusted."""
 STEPS = 20
 """Of the bisection of the factor."""
 
@@ -22,16 +24,27 @@ def within_trust(
 ) -> tuple[Plan | None, str]:
     """The plan, with smaller ratios if need be, and what was done to it, else an empty text.
 
-    The bound is the least divergence of the plan's runtime and scheme that was over the budget.
+    The bound is the least divergence of the plan's runtime and scheme that was over the budget; a
+    quarter of it where that plan collapsed, since a little less would collapse too, or what is to
+    be tried next if that is more.
+
     ``None`` for a pruning plan that can't be brought below it; one without any pruning stays as it
     is: only a trial can tell of the layers that it keeps float.
     """
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
     _, high = allowance_bracket(profile, history, budget, pair)
     predicted = predict_kl(profile, plan)
-    if high is None or predicted * SEARCH_ENDED < high:
+    if high is None:
         return plan, ""
     wanted, _ = next_allowance(profile, history, budget, pair)
+    collapsed = {
+        predict_kl(profile, trial.plan)
+        for trial in history
+        if trial.status == "screened" and pair_of(trial) == pair
+    }
+    bound = max(NEAR_COLLAPSE * high, wanted or 0.0) if high in collapsed else high
+    if predicted * SEARCH_ENDED < bound:
+        return plan, ""
     target = wanted if wanted is not None and wanted < high else high / SEARCH_ENDED
     smaller = shrunk_to(plan, profile, target)
     if smaller is None:
