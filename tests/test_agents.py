@@ -48,7 +48,7 @@ from profiling_agent.planning.agents.digest import (
 )
 from profiling_agent.planning.agents.folding import MAX_NAME, Fold, fold, shown
 from profiling_agent.planning.agents.tools import Tools
-from profiling_agent.planning.allowance import allowance_bracket
+from profiling_agent.planning.allowance import allowance_bracket, next_allowance
 from profiling_agent.planning.check import check_plan
 from profiling_agent.planning.effects import effect, floats, nothing_new
 from profiling_agent.planning.estimate import predict_kl
@@ -1196,10 +1196,16 @@ def test_the_model_is_told_what_guards_made_of_its_plan() -> None:
 def test_a_plan_within_the_region_stays_as_it_is() -> None:
     profile, mild = profile_of(), plan_of(("mlp:a.fc1", 0.25))
     history = [*controls_of(), collapsed(1, plan_of(("mlp:.*", 0.5)))]
+    high = predict_kl(profile, history[-1].plan)
     assert within_trust(mild, profile, history, BUDGET) == (mild, "")
     nearly, why = within_trust(plan_of(("mlp:.*", 0.45)), profile, history, BUDGET)
     assert nearly is not None and "made smaller" in why
     assert predict_kl(profile, nearly) <= predict_kl(profile, plan_of(("mlp:.*", 0.5))) / 8
+    held = tried(2, plan_of(("mlp:.*", 0.25)), 0.7, 0.1)
+    next_, _ = next_allowance(profile, [*history, held], BUDGET, FP32)
+    as_far = plan_of(("mlp:a.fc1", 0.375), ("mlp:b.fc1", 0.3125))
+    assert next_ is not None and high / 4 < next_ / 1.1 < predict_kl(profile, as_far) <= next_
+    assert within_trust(as_far, profile, [*history, held], BUDGET) == (as_far, "")
     other = plan_of(("mlp:.*", 0.75), pair=INT8)  # nothing is known of this pair
     assert within_trust(other, profile, history, BUDGET) == (other, "")
 

@@ -64,7 +64,8 @@ MOST_AGAIN = 2
 """Times that a trial is raced once more because the machine was busy."""
 FAR_BEHIND = 2.0
 """A control that takes so many times as long as the fastest one is not raced once more before the
-search is over: no plan starts from it, and a busy machine alone doesn't slow one so much more."""
+search is over: no plan starts from it, and a busy machine alone doesn't slow one so much more. What
+float layers cost is told by the race of the fastest controls, if it was among them."""
 
 
 class Workbench:

@@ -25,14 +25,14 @@ def within_trust(
     """The plan, with smaller ratios if need be, and what was done to it, else an empty text.
 
     The bound is the least divergence of the plan's runtime and scheme that was over the budget; a
-    quarter of it where that plan collapsed, since a little less would collapse too, or what is to
-    be tried next if that is more.
+    quarter of it where that plan collapsed, since a little less would collapse too. What is to be
+    tried next is within it, and so is what held.
 
     ``None`` for a pruning plan that can't be brought below it; one without any pruning stays as it
     is: only a trial can tell of the layers that it keeps float.
     """
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
-    _, high = allowance_bracket(profile, history, budget, pair)
+    low, high = allowance_bracket(profile, history, budget, pair)
     predicted = predict_kl(profile, plan)
     if high is None:
         return plan, ""
@@ -42,10 +42,10 @@ def within_trust(
         for trial in history
         if trial.status == "screened" and pair_of(trial) == pair
     }
-    bound = max(NEAR_COLLAPSE * high, wanted or 0.0) if high in collapsed else high
-    if predicted * SEARCH_ENDED < bound:
-        return plan, ""
     target = wanted if wanted is not None and wanted < high else high / SEARCH_ENDED
+    bound = NEAR_COLLAPSE * high if high in collapsed else high
+    if predicted * SEARCH_ENDED < bound or predicted <= max(target, low or 0.0):
+        return plan, ""
     smaller = shrunk_to(plan, profile, target)
     if smaller is None:
         if not plan.pruning:
