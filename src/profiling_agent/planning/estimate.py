@@ -310,10 +310,7 @@ def predict_saved_share(profile: Profile, plan: Plan) -> float:
     pair = Pair(runtime=plan.runtime, scheme=plan.quantization.scheme)
     lines = assign(plan, tuple(groups))
     shares = (saved_share(profile, groups[i], line.ratio, pair) for i, line in lines.items())
-    removed = {
-        i: 1.0 - units_kept(groups[i].width, line.ratio) / groups[i].width
-        for i, line in lines.items()
-    }
+    removed = {i: _removed(groups[i], line.ratio) / groups[i].width for i, line in lines.items()}
     return min(0.95, sum(shares) * _together(profile, removed))
 
 
